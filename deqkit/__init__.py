@@ -1,0 +1,31 @@
+"""Deep equilibrium layers for PyTorch: solve x* = f(x*), differentiate through it, and know how well it went."""
+
+from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
+from deqkit.api import solve
+from deqkit.errors import ConvergenceError, ConvergenceWarning
+from deqkit.loop import StepInfo
+from deqkit.solution import AdjointStats, Solution, Status
+from deqkit.solvers import Anderson, Broyden, FixedPointIteration, Solver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JFB",
+    "Adjoint",
+    "AdjointStats",
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FixedPointIteration",
+    "ImplicitAdjoint",
+    "NeumannAdjoint",
+    "PhantomAdjoint",
+    "Solution",
+    "Solver",
+    "Status",
+    "StepInfo",
+    "UnrolledAdjoint",
+    "__version__",
+    "solve",
+]

@@ -1,0 +1,110 @@
+"""L4. What every adjoint is: a way to give the answer of a solve its gradient, without moving its value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deqkit.norms import StateNorm
+from deqkit.solution import AdjointStats
+from deqkit.state import Blocks, Evaluator
+
+
+@dataclass
+class Problem:
+    """The solve whose answer is to be differentiated.
+
+    Attributes:
+        f: the map.
+        norm: residual and scale per sample.
+        rtol: relative tolerance of the forward solve.
+        atol: absolute tolerance of the forward solve.
+        max_steps: step limit of the forward solve.
+        on_failure: what to do about samples whose adjoint solve falls short.
+        stats: where a backward pass writes how it went.
+    """
+
+    f: Evaluator
+    norm: StateNorm
+    rtol: float
+    atol: float
+    max_steps: int
+    on_failure: str
+    stats: AdjointStats
+
+
+@dataclass(frozen=True)
+class Adjoint(ABC):
+    """Settings of an adjoint; one object serves any number of solves."""
+
+    name: ClassVar[str]
+    #: Whether the solver's own steps carry the gradient, so that the loop must run with gradients enabled.
+    unrolls: ClassVar[bool] = False
+
+    def prepare(self, f: Evaluator) -> Evaluator:
+        """The map that the loop evaluates."""
+        return f
+
+    @abstractmethod
+    def attach(self, problem: Problem, x: Blocks) -> Blocks:
+        """``x``, bit for bit, with a gradient. Called with gradients enabled."""
+
+
+class _Cut(torch.autograd.Function):
+    """Identity through which no gradient passes, and which still lets its output be differentiated towards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None
+
+
+def cut(x: Blocks) -> Blocks:
+    """``x`` as a point to differentiate f at: it requires grad, and no gradient accumulates in it."""
+    return tuple(_Cut.apply(b.detach().requires_grad_()) for b in x)  # pyright: ignore[reportReturnType]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        refuse_double_backward()
+        return None, grad_outputs[0]
+
+
+def straight_through(value: Blocks, carrier: Blocks) -> Blocks:
+    """``value``, bit for bit, with the gradient of ``carrier``."""
+    return tuple(_StraightThrough.apply(v, c) for v, c in zip(value, carrier, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def refuse_double_backward() -> None:
+    """Stop a backward pass that is itself to be differentiated.
+
+    An approximate adjoint treats x* as a constant, so the derivative of its gradient would lack a term.
+
+    Raises:
+        RuntimeError: gradients are enabled, as they are in a backward pass under ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative would lack "
+            "the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
+        )
+
+
+def vjp(fx: Blocks, x: Blocks, u: Blocks, create_graph: bool = False) -> Blocks:
+    """J^T u for J = df/dx, along the graph from ``x`` to ``fx``, which is kept; zero where f does not depend on x."""
+    grads = torch.autograd.grad(fx, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return tuple(torch.zeros_like(b) if g is None else g for g, b in zip(grads, x, strict=True))

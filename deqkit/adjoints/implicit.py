@@ -1,0 +1,229 @@
+"""L4. The exact adjoint, by the implicit function theorem.
+
+At x* = f(x*, theta) a cotangent g = dL/dx* reaches the parameters as
+
+    dL/dtheta = u^T df/dtheta,   u = J^T u + g,   J = df/dx at x*
+
+(Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, theorem 1; for i-FPN: arXiv 2012.13563, eq. 12-13).
+The equation for u is itself a fixed-point problem; it goes through the same loop as the forward solve, with a solver, a
+tolerance and a limit of its own. Only one evaluation of f is ever held in the autograd graph.
+
+Gradients of parameters that f closes over flow through the graph of that one evaluation, so they need not be named.
+Where the backward pass is to be differentiated again (``create_graph=True``), x* may no longer be held constant: f is
+evaluated once more at the differentiable x*, u becomes the answer of an implicit solve in its own right, and gradients
+are handed to the leaf tensors that f was found to depend on and to the tensors in ``args``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from deqkit import loop
+from deqkit.adjoints.base import Adjoint, Problem, cut, vjp
+from deqkit.solution import report_failure
+from deqkit.solvers import Solver, make_solver
+from deqkit.solvers.base import require_float, require_int
+from deqkit.state import Blocks, Evaluator, StateLayout
+from deqkit.termination import Termination
+
+_RTOL_WITHOUT_MODEL = (
+    1e-4  # where the forward solve has only an absolute tolerance, in units that cotangents do not share
+)
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint(Adjoint):
+    """Exact gradients from the implicit function theorem, in the memory of one evaluation of f.
+
+    Args:
+        solver: name or settings of the backward solver.
+        rtol: relative tolerance of the adjoint solve, on |J^T u + g - u| / |J^T u + g|; None takes the forward one.
+        max_steps: step limit of the adjoint solve; None takes the forward one.
+
+    Raises:
+        ValueError: an unknown solver or a setting out of range.
+    """
+
+    name: ClassVar[str] = "implicit"
+    solver: str | Solver = "anderson"
+    rtol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        make_solver(self.solver)
+        if self.rtol is not None:
+            require_float(self, "rtol", 0.0, float("inf"))
+        if self.max_steps is not None:
+            require_int(self, "max_steps", minimum=0)
+
+    def attach(self, problem: Problem, x: Blocks) -> Blocks:
+        """``x`` with the exact gradient."""
+        x_in = cut(x)
+        first_node = _next_sequence_number()
+        fx = problem.f(x_in)
+        leaves = _dependencies(fx, problem.f.args, first_node)
+        return _Implicit.apply(self, problem, leaves.complete, len(x), *x_in, *fx, *leaves.tensors)  # pyright: ignore[reportReturnType]
+
+    def termination(self, problem: Problem) -> Termination:
+        """When the adjoint solve of ``problem`` is done."""
+        rtol = self.rtol
+        if rtol is None:
+            rtol = problem.rtol or (_RTOL_WITHOUT_MODEL if problem.atol else 0.0)
+        return Termination(rtol)
+
+    def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
+        """The fixed point of u = J^T u + g, without gradient; starts from u = g."""
+        layout = StateLayout(g, batch_dims=1)
+        f = Evaluator(lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), layout)
+        solver, termination = make_solver(self.solver), self.termination(problem)
+        max_steps = problem.max_steps if self.max_steps is None else self.max_steps
+        with torch.no_grad():
+            result = loop.run(f, g, solver, termination, max_steps=max_steps, norm=problem.norm)
+        stats, per_sample = problem.stats, problem.f.layout.per_sample
+        stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
+        stats.residual, stats.relative_residual = (
+            per_sample(result.residual),
+            per_sample(result.relative_residual),
+        )
+        stats.num_fn_evals, stats.solver = f.num_calls, solver.name
+        if not termination.fixed_steps:
+            resolution = max(problem.f.layout.resolution, torch.finfo(problem.f.layout.dtype).eps)
+            report_failure(
+                problem.on_failure,
+                "adjoint solve",
+                stats,
+                rtol=termination.rtol,
+                resolution=resolution,
+                stacklevel=2,
+            )
+        return result.x
+
+
+class _Implicit(torch.autograd.Function):
+    """x* with u as the cotangent of f(x*)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, complete: bool, n: int, *tensors: Tensor
+    ) -> Any:
+        ctx.adjoint, ctx.problem, ctx.complete, ctx.n = adjoint, problem, complete, n
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        # Copies: the caller may change the value in place, the point that f was differentiated at must stay.
+        return tuple(x.clone() for x in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> Any:
+        n = ctx.n
+        x, fx, leaves = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n :]
+        before = (None,) * (4 + n)
+        if all(b is None for b in g):  # behind a closed barrier
+            return (*before, *(None for _ in fx), *(None for _ in leaves))
+        g = tuple(torch.zeros_like(b) if c is None else c for c, b in zip(g, x, strict=True))
+        u = ctx.adjoint.solve(ctx.problem, x, fx, tuple(b.detach() for b in g))
+        if not torch.is_grad_enabled():
+            return (*before, *u, *(None for _ in leaves))
+        if not ctx.complete:
+            raise RuntimeError(
+                "double backward through a solve: f closes over a tensor that is itself the result of differentiable "
+                "operations. Pass such tensors in args= (parameters and other leaf tensors may stay where they are)."
+            )
+        x_star = _Implicit.apply(ctx.adjoint, ctx.problem, ctx.complete, n, *x, *fx, *leaves)
+        grads = _differentiable_gradients(ctx.adjoint, ctx.problem, x_star, u, g, leaves)  # pyright: ignore[reportArgumentType]
+        return (*before, *(None for _ in fx), *grads)
+
+
+def _differentiable_gradients(
+    adjoint: ImplicitAdjoint,
+    problem: Problem,
+    x_star: Blocks,
+    u: Blocks,
+    g: Blocks,
+    leaves: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """u^T df/d(leaf) at ``x_star`` for every leaf, as differentiable functions of leaves, x* and g."""
+
+    def adjoint_map(u: Blocks, x_star: Blocks, g: Blocks) -> Blocks:
+        fx = problem.f(x_star)
+        return tuple(torch.add(a, b) for a, b in zip(vjp(fx, x_star, u, create_graph=True), g, strict=True))
+
+    f = Evaluator(adjoint_map, StateLayout(u, batch_dims=1), (x_star, g))
+    u_problem = Problem(
+        f, problem.norm, problem.rtol, problem.atol, problem.max_steps, problem.on_failure, problem.stats
+    )
+    u = adjoint.attach(u_problem, u)
+    # u has the way through x* in it already: only what f takes from the leaves directly is wanted now. The derivative of
+    # that, however, does depend on x*, so the way is barred for this one call and not cut.
+    barrier = _Barrier()
+    fx = problem.f(tuple(_Barred.apply(b, barrier) for b in x_star))
+    grads = torch.autograd.grad(fx, leaves, u, create_graph=True, allow_unused=True)
+    barrier.closed = False
+    return grads
+
+
+@dataclass
+class _Barrier:
+    closed: bool = True
+
+
+class _Barred(torch.autograd.Function):
+    """Identity whose gradient passes only while its barrier is open."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, barrier: _Barrier) -> Tensor:
+        ctx.barrier = barrier
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return (None if ctx.barrier.closed else grad_outputs[0]), None
+
+
+@dataclass
+class _Dependencies:
+    """The tensors that an evaluation of f was found to depend on.
+
+    Attributes:
+        tensors: tensors in ``args`` that require grad, and leaf tensors that f closes over.
+        complete: False when f also closes over a tensor with a graph of its own, which can't be named from here.
+    """
+
+    tensors: list[Tensor]
+    complete: bool
+
+
+def _dependencies(fx: Blocks, args: tuple[Any, ...], first_node: int) -> _Dependencies:
+    """Walk the graph of one evaluation of f down to what lay there before it."""
+    named = {id(t): t for t in tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad}
+    edges = {(t.grad_fn, t.output_nr) for t in named.values() if t.grad_fn is not None}
+    complete = True
+    seen: set[Any] = set()
+    todo = [(b.grad_fn, b.output_nr) for b in fx]
+    while todo:
+        node, output_nr = todo.pop()
+        if node is None or (node, output_nr) in edges:
+            continue
+        if hasattr(node, "variable"):
+            named.setdefault(id(node.variable), node.variable)
+        elif node._sequence_nr() < first_node:
+            complete = (
+                complete
+                and isinstance(node, torch.autograd.function.BackwardCFunction)
+                and node.name() == "_CutBackward"
+            )
+        elif node not in seen:
+            seen.add(node)
+            todo.extend(node.next_functions)
+    return _Dependencies(list(named.values()), complete)
+
+
+def _next_sequence_number() -> int:
+    """A number that every autograd node made from now on in this thread reaches, and no earlier one does."""
+    probe = torch.zeros((), requires_grad=True).view_as(torch.zeros(()))
+    assert probe.grad_fn is not None
+    return probe.grad_fn._sequence_nr()

@@ -1,0 +1,68 @@
+"""L4. Approximate adjoints that cut the Neumann series of (I - J^T)^-1 short.
+
+    u = sum_{i<k} (J^T)^i g
+
+k = 1 is Jacobian-free backpropagation, JFB (Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks",
+AAAI 2022, arXiv 2103.12803). For a contraction with factor c the error of u is at most c^k |g| / (1 - c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deqkit.adjoints.base import Adjoint, Problem, cut, refuse_double_backward, vjp
+from deqkit.solvers.base import require_int
+from deqkit.state import Blocks
+
+
+@dataclass(frozen=True)
+class NeumannAdjoint(Adjoint):
+    """Approximate gradients from the first terms of the Neumann series.
+
+    Args:
+        num_terms: k, how many terms; the backward pass takes k - 1 vector-Jacobian products beyond the one every adjoint takes.
+
+    Raises:
+        ValueError: num_terms below 1.
+    """
+
+    name: ClassVar[str] = "neumann"
+    num_terms: int = 5
+
+    def __post_init__(self) -> None:
+        require_int(self, "num_terms", minimum=1)
+
+    def attach(self, problem: Problem, x: Blocks) -> Blocks:
+        """``x`` with an approximate gradient."""
+        x_in = cut(x)
+        return _Neumann.apply(self.num_terms, len(x), *x_in, *problem.f(x_in))  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class JFB(NeumannAdjoint):
+    """Jacobian-free backpropagation: approximate gradients, u = g. The Neumann adjoint with one term."""
+
+    name: ClassVar[str] = "jfb"
+    num_terms: int = field(default=1, init=False)
+
+
+class _Neumann(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, num_terms: int, n: int, *tensors: Tensor) -> Any:
+        ctx.num_terms, ctx.n = num_terms, n
+        ctx.save_for_backward(*tensors)
+        return tuple(x.clone() for x in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> Any:
+        refuse_double_backward()
+        x, fx = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        u = term = g
+        for _ in range(ctx.num_terms - 1):
+            term = vjp(fx, x, term)
+            u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
+        return (None, None, *(None for _ in x), *u)

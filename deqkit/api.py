@@ -1,0 +1,140 @@
+"""L5. `solve`: from a user's words to a loop, an adjoint and a `Solution`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deqkit import loop
+from deqkit.adjoints import Adjoint, Problem, make_adjoint
+from deqkit.loop import StepInfo
+from deqkit.norms import make_norm
+from deqkit.solution import AdjointStats, Solution, report_failure
+from deqkit.solvers import Solver, make_solver
+from deqkit.state import Evaluator, StateLayout
+from deqkit.termination import Termination
+
+_POLICIES = ("warn", "raise", "ignore")
+
+
+def solve(
+    f: Callable[..., Any],
+    x0: Any,
+    *,
+    args: tuple[Any, ...] = (),
+    solver: str | Solver = "anderson",
+    adjoint: str | Adjoint = "implicit",
+    rtol: float = 1e-4,
+    atol: float = 0.0,
+    max_steps: int = 50,
+    norm: str | Callable[[Any], Tensor] | None = None,
+    batch_dims: int = 1,
+    on_failure: Literal["warn", "raise", "ignore"] = "warn",
+    trace: bool = False,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Solution:
+    """Find the fixed point x* = f(x*, *args), sample by sample, and make it differentiable.
+
+    Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the best
+    point that was visited, by the measure of the stopping test; its residual is the true one.
+
+    With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps and never synchronises with the device.
+
+    Args:
+        f: called as ``f(x, *args)``; returns the structure, shapes, dtypes and device of x. It must be deterministic and
+            must not mix samples. It may close over parameters: they get their gradients.
+        x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
+        args: further arguments of f. Tensors in it get their gradients.
+        solver: "fixed_point", "anderson", "broyden", or a solver object.
+        adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), the approximate "jfb", "neumann" and
+            "phantom", or an adjoint object.
+        rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
+        atol: see rtol; in the units of the norm.
+        max_steps: limit of solver steps; f is evaluated at most once more than that, and once for the gradient.
+        norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the leaf that is relatively
+            worst, or a function from a state to a tensor of the batch shape.
+        batch_dims: leading dims that index independent samples; 0 for one system.
+        on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
+            `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.
+        trace: whether to record the relative residual of every evaluation.
+        callback: called with a `StepInfo` after every evaluation of the forward solve.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        TypeError: x0 or f(x0) hold something else than tensors of a floating or complex dtype, dtypes differ, or a setting
+            has the wrong type.
+        ValueError: shapes or structure differ, or a setting is unknown or out of range.
+        ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
+        RuntimeError: f changed its input in place.
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    _check_settings(args, max_steps, batch_dims, on_failure, callback)
+    solver, adjoint, termination = make_solver(solver), make_adjoint(adjoint), Termination(rtol, atol)
+    layout = StateLayout(x0, batch_dims)
+    state_norm = make_norm(norm, layout)
+    evaluator = adjoint.prepare(Evaluator(f, layout, args))
+    settings = {"solver": solver.name, "rtol": rtol, "atol": atol}
+    if layout.num_samples == 0:
+        return _empty_solution(layout, x0, trace, settings)
+
+    stats = AdjointStats()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
+        result = loop.run(
+            evaluator,
+            layout.pack(x0),
+            solver,
+            termination,
+            max_steps=max_steps,
+            norm=state_norm,
+            trace=trace,
+            callback=callback,
+        )
+    x = result.x
+    if torch.is_grad_enabled():
+        x = adjoint.attach(Problem(evaluator, state_norm, rtol, atol, max_steps, on_failure, stats), x)
+    solution = Solution(
+        value=layout.unpack(x),
+        status=layout.per_sample(result.status),
+        residual=layout.per_sample(result.residual),
+        relative_residual=layout.per_sample(result.relative_residual),
+        num_steps=layout.per_sample(result.num_steps),
+        num_fn_evals=evaluator.num_calls,
+        trace=None if result.trace is None else layout.per_sample(result.trace),
+        adjoint_stats=stats,
+        **settings,
+    )
+    if not termination.fixed_steps:
+        report_failure(on_failure, "solve", solution, rtol=rtol, resolution=layout.resolution, stacklevel=2)
+    return solution
+
+
+def _check_settings(args: Any, max_steps: Any, batch_dims: Any, on_failure: Any, callback: Any) -> None:
+    if not isinstance(args, tuple):
+        raise TypeError(
+            f"args must be a tuple of further arguments of f, got {type(args).__name__}; for one: args=(b,)"
+        )
+    for name, value in (("max_steps", max_steps), ("batch_dims", batch_dims)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if on_failure not in _POLICIES:
+        raise ValueError(f"unknown on_failure {on_failure!r}: choose one of {list(_POLICIES)}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+
+def _empty_solution(layout: StateLayout, x0: Any, trace: bool, settings: dict[str, Any]) -> Solution:
+    """The answer for a batch without samples: f is not called."""
+    nothing = layout.per_sample(torch.empty(0, dtype=layout.dtype, device=layout.device))
+    codes = nothing.to(torch.int64)
+    return Solution(
+        layout.unpack(tuple(b.clone() for b in layout.pack(x0))), codes, nothing, nothing.clone(), codes.clone(), 0,
+        trace=nothing.unsqueeze(0)[:0] if trace else None, **settings,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""L0. The linear algebra that the quasi-Newton solvers share, batched over samples.
+
+Legend: B samples, d numbers of a leaf, m (history) columns, n <= m columns in use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqkit.state import Blocks
+
+
+class History:
+    """The last m vectors of a state in a ring, as one (B, capacity, d) buffer per leaf.
+
+    The buffers are allocated as the history fills, by doubling, up to m columns; then the oldest column is overwritten.
+    With gradients enabled every write goes to a fresh copy, so that a solve can be differentiated through its steps.
+
+    Args:
+        size: m, the number of columns kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0  # vectors pushed so far
+        self._buffers: list[Tensor] = []
+
+    @property
+    def num_columns(self) -> int:
+        """n, the columns in use."""
+        return min(self.count, self.size)
+
+    @property
+    def next_slot(self) -> int:
+        """The column that the next push writes."""
+        return self.count % self.size
+
+    def push(self, blocks: Blocks) -> None:
+        """Store one vector, of shape (B, d) per leaf, in `next_slot`."""
+        slot = self.next_slot
+        capacity = self._buffers[0].shape[1] if self._buffers else 0
+        if slot >= capacity:
+            self._grow(blocks, min(self.size, max(2, 2 * capacity)))
+        elif torch.is_grad_enabled():
+            self._buffers = [buffer.clone() for buffer in self._buffers]
+        for buffer, block in zip(self._buffers, blocks, strict=True):
+            buffer[:, slot] = block
+        self.count += 1
+
+    def _grow(self, blocks: Blocks, capacity: int) -> None:
+        old = self._buffers
+        self._buffers = [b.new_zeros(b.shape[0], capacity, b.shape[1]) for b in blocks]
+        for buffer, previous in zip(self._buffers, old, strict=False):
+            buffer[:, : previous.shape[1]] = previous
+
+    def dot(self, blocks: Blocks) -> Tensor:
+        """Inner product of every column with one vector, shape (B, n)."""
+        n = self.num_columns
+        products = [
+            torch.bmm(h[:, :n], b.unsqueeze(2)).squeeze(2) for h, b in zip(self._buffers, blocks, strict=True)
+        ]
+        return sum(products[1:], start=products[0])
+
+    def subtract_combination(self, base: Blocks, coefficients: Tensor) -> Blocks:
+        """``base`` minus the columns weighted by ``coefficients`` (B, n)."""
+        n = self.num_columns
+        weights = coefficients.to(base[0].dtype).unsqueeze(1)
+        return tuple(
+            torch.baddbmm(b.unsqueeze(1), weights, h[:, :n], alpha=-1).squeeze(1)
+            for h, b in zip(self._buffers, base, strict=True)
+        )
+
+
+def write_row(matrix: Tensor, slot: int, row: Tensor) -> Tensor:
+    """The matrix (B, m, m) with its row ``slot`` replaced by ``row`` (B, n); a copy where gradients are enabled."""
+    matrix = matrix.clone() if torch.is_grad_enabled() else matrix
+    matrix[:, slot, : row.shape[1]] = row
+    return matrix
+
+
+def write_column(matrix: Tensor, slot: int, column: Tensor) -> Tensor:
+    """The matrix (B, m, m) with its column ``slot`` replaced by ``column`` (B, n); a copy where gradients are enabled."""
+    return write_row(matrix.transpose(1, 2), slot, column).transpose(1, 2)
+
+
+def dot(a: Blocks, b: Blocks) -> Tensor:
+    """Inner product of two states per sample, shape (B,)."""
+    products = [torch.linalg.vecdot(x, y) for x, y in zip(a, b, strict=True)]
+    return sum(products[1:], start=products[0])
+
+
+def norm(a: Blocks) -> Tensor:
+    """Euclidean norm of a state per sample, shape (B,)."""
+    norms = [torch.linalg.vector_norm(x, dim=1) for x in a]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def scale(a: Blocks, factor: Tensor) -> Blocks:
+    """Every sample times its factor (B,); a factor of zero gives zero even where the sample is not finite."""
+    keep = (factor != 0).unsqueeze(1)
+    return tuple(torch.where(keep, x * factor.unsqueeze(1), 0.0) for x in a)
+
+
+def where(mask: Tensor, a: Blocks, b: Blocks) -> Blocks:
+    """Samples of ``a`` where ``mask`` (B,) holds, of ``b`` elsewhere."""
+    return tuple(torch.where(mask.unsqueeze(1), x, y) for x, y in zip(a, b, strict=True))
+
+
+def small_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the m by m systems: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

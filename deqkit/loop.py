@@ -1,0 +1,186 @@
+"""L3. The one loop: limits, counting, freezing, best point, status. It knows nothing of any particular solver.
+
+Every sample runs its own race. After each evaluation a sample that has converged, diverged, stagnated or left the
+finite numbers is frozen at its best point; `torch.where` keeps what is frozen apart from what goes on, so that a NaN in
+one sample cannot reach another. The points are never written in place, so the best one is kept by reference as long as
+the whole batch improves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqkit import linalg
+from deqkit.norms import StateNorm
+from deqkit.solution import Status
+from deqkit.solvers.base import Point, Solver
+from deqkit.state import Blocks, Evaluator
+from deqkit.termination import Patience, Termination
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each evaluation of f.
+
+    Attributes:
+        step: solver steps taken so far; 0 at x0.
+        value: the point evaluated, of x0's structure. Frozen samples show their best point.
+        residual: |f(x) - x|, batch.
+        relative_residual: residual / |f(x)|, batch.
+        active: which samples were still being solved, bool, batch.
+    """
+
+    step: int
+    value: Any
+    residual: Tensor
+    relative_residual: Tensor
+    active: Tensor
+
+
+@dataclass
+class LoopResult:
+    """The best point per sample and how it was reached; tensors of shape (B,) unless said otherwise."""
+
+    x: Blocks
+    status: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+    num_steps: Tensor
+    trace: Tensor | None  # (evaluations, B)
+
+
+def run(
+    f: Evaluator,
+    x0: Blocks,
+    solver: Solver,
+    termination: Termination,
+    *,
+    max_steps: int,
+    norm: StateNorm,
+    trace: bool = False,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> LoopResult:
+    """Iterate ``solver`` on ``f`` from ``x0`` until every sample has ended.
+
+    Args:
+        f: the map, which counts its own calls.
+        x0: the starting point, (B, d) per leaf; left as it is.
+        solver: settings of the solver.
+        termination: when a sample has ended.
+        max_steps: limit of solver steps; f is evaluated at most max_steps + 1 times.
+        norm: residual and scale per sample.
+        trace: whether to keep the relative residual of every evaluation.
+        callback: called after every evaluation.
+
+    Returns:
+        The best visited point per sample. Its residual is the true one: f was evaluated at exactly this point.
+    """
+    state = solver.start()
+    x = tuple(b.clone() for b in x0)
+    book: _Book | None = None
+    for step in range(max_steps + 1):
+        # The last point of an unrolled solve is evaluated only to be measured: nothing is differentiated through it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step < max_steps):
+            fx = f(x)
+            r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
+        with torch.no_grad():
+            residual, scale = norm(r, fx)
+            if book is None:
+                book = _Book(x, residual, scale, termination, trace)
+            distance = book.record(step, x, residual, scale)
+            if callback is not None:
+                callback(_step_info(f, step, x, book))
+        all_active, none_active = book.look(step, solver.check_every)
+        if none_active or step == max_steps:
+            break
+        new = f.layout.round(state.step(Point(x, fx, r, residual, distance)))
+        x = new if all_active else linalg.where(book.active, new, book.best_x)
+    assert book is not None
+    return book.result()
+
+
+class _Book:
+    """The records of a solve, one entry per sample."""
+
+    def __init__(
+        self, x: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool
+    ) -> None:
+        self.termination = termination
+        self.patience = Patience(termination, residual, scale)
+        self.active = torch.ones_like(residual, dtype=torch.bool)
+        self.was_active = self.active
+        self.better = self.active
+        self.status = torch.full_like(residual, Status.MAX_STEPS, dtype=torch.int64)
+        self.num_steps = torch.zeros_like(self.status)
+        self.best_x = x
+        self.best_distance = torch.full_like(residual, torch.inf)
+        self.best_residual, self.best_scale = residual, scale
+        self.trace: list[Tensor] | None = [] if trace else None
+        self.num_active = x[0].shape[0]  # as of the last look
+        self.residual, self.scale = residual, scale
+
+    def record(self, step: int, x: Blocks, residual: Tensor, scale: Tensor) -> Tensor:
+        """Enter one evaluation; returns the distance of each sample from its tolerance."""
+        self.was_active, self.residual, self.scale = self.active, residual, scale
+        distance = self.termination.distance(residual, scale)
+        self.better = self.active & (distance < self.best_distance)
+        self.best_distance = torch.where(self.better, distance, self.best_distance)
+        self.best_residual = torch.where(self.better, residual, self.best_residual)
+        self.best_scale = torch.where(self.better, scale, self.best_scale)
+        self._best_candidate = x
+        self.num_steps = torch.where(self.active, step, self.num_steps)
+        if self.trace is not None:
+            self.trace.append(torch.where(self.active, _relative(residual, scale), torch.nan))
+        self._end(distance)
+        return distance
+
+    def _end(self, distance: Tensor) -> None:
+        """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
+        reasons = [
+            (Status.CONVERGED, distance <= self.termination.target),
+            (Status.NONFINITE, ~torch.isfinite(self.residual)),
+        ]
+        if not self.termination.fixed_steps:
+            reasons.insert(0, (Status.STAGNATED, self.patience.stagnated(distance)))
+            reasons.insert(1, (Status.DIVERGED, self.patience.diverged(self.residual)))
+        for status, ended in reasons:
+            self.status = torch.where(self.was_active & ended, status, self.status)
+            self.active = self.active & ~ended
+
+    def look(self, step: int, check_every: int) -> tuple[bool, bool]:
+        """Settle the best point, and ask the device how many samples go on (one synchronisation).
+
+        Returns:
+            Whether all samples go on, and whether none does; (False, False) where nobody looked.
+        """
+        candidate = self._best_candidate
+        if self.termination.fixed_steps or step % check_every:
+            self.best_x = linalg.where(self.better, candidate, self.best_x)
+            return False, False
+        total = self.active.numel()
+        going_on, better = torch.stack([self.active.sum(), self.better.sum()]).tolist()
+        self.best_x = candidate if better == total else linalg.where(self.better, candidate, self.best_x)
+        return going_on == total, going_on == 0
+
+    def result(self) -> LoopResult:
+        """What the loop returns."""
+        trace = None if self.trace is None else torch.stack(self.trace)
+        relative = _relative(self.best_residual, self.best_scale)
+        return LoopResult(self.best_x, self.status, self.best_residual, relative, self.num_steps, trace)
+
+
+def _relative(residual: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(residual == 0, 0.0, residual / scale)
+
+
+def _step_info(f: Evaluator, step: int, x: Blocks, book: _Book) -> StepInfo:
+    per_sample = f.layout.per_sample
+    relative = _relative(book.residual, book.scale)
+    return StepInfo(
+        step, f.layout.unpack(x), per_sample(book.residual), per_sample(relative), per_sample(book.was_active)
+    )

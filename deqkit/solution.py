@@ -1,0 +1,201 @@
+"""L1. What a solve returns: the answer and the truth about it.
+
+Shapes: "batch" is the batch shape of x0, () for ``batch_dims=0``.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from deqkit.errors import ConvergenceError, ConvergenceWarning
+
+
+class Status(enum.IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0  #: the tolerance was met by the returned point
+    MAX_STEPS = 1  #: the step limit came first
+    STAGNATED = 2  #: the residual stopped falling above the tolerance
+    DIVERGED = 3  #: the residual grew beyond the scale of the problem
+    NONFINITE = 4  #: f or the step produced NaN or infinity
+
+
+class Outcome(Protocol):
+    """The fields that tell how a solve went; `Solution` and `AdjointStats` both have them."""
+
+    @property
+    def status(self) -> Tensor: ...
+    @property
+    def relative_residual(self) -> Tensor: ...
+    @property
+    def num_steps(self) -> Tensor: ...
+
+
+@dataclass
+class AdjointStats:
+    """How the adjoint solve of the last backward pass went. Empty (None) until then, and for adjoints without a solve.
+
+    Attributes:
+        status: integer `Status` codes, batch.
+        residual: |J^T u + g - u| of the u that was used, batch.
+        relative_residual: that, relative to |J^T u + g|, batch.
+        num_steps: steps per sample, batch.
+        num_fn_evals: vector-Jacobian products taken.
+        solver: name of the backward solver.
+    """
+
+    status: Tensor | None = None
+    residual: Tensor | None = None
+    relative_residual: Tensor | None = None
+    num_steps: Tensor | None = None
+    num_fn_evals: int = 0
+    solver: str = ""
+
+    @property
+    def converged(self) -> Tensor | None:
+        """Which samples' adjoint converged, bool, batch; None before a backward pass."""
+        return None if self.status is None else self.status == Status.CONVERGED
+
+    def __str__(self) -> str:
+        return (
+            "AdjointStats: no adjoint solve yet"
+            if self.status is None
+            else summary("Adjoint", self, self.num_fn_evals)
+        )
+
+
+@dataclass
+class Solution:
+    """The result of `deqkit.solve`.
+
+    Attributes:
+        value: the best point visited, of x0's structure, shapes, dtypes and device; differentiable.
+        status: integer `Status` codes, batch.
+        residual: |f(x) - x| of exactly the point in `value`, undamped, in the solve's norm, batch.
+        relative_residual: residual / |f(x)|, batch.
+        num_steps: solver steps each sample took until it ended, batch.
+        num_fn_evals: how often f was called, the evaluations that only carry the gradient included.
+        trace: relative residuals (evaluations, batch) if asked for, else None. Row 0 belongs to x0. A sample that has
+            ended is not measured any more: NaN.
+        adjoint_stats: filled in by a backward pass through `value`.
+        solver: name of the solver.
+        rtol: the relative tolerance that was asked for.
+        atol: the absolute tolerance that was asked for.
+    """
+
+    value: Any
+    status: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+    num_steps: Tensor
+    num_fn_evals: int
+    trace: Tensor | None = None
+    adjoint_stats: AdjointStats = field(default_factory=AdjointStats)
+    solver: str = ""
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    @property
+    def converged(self) -> Tensor:
+        """Which samples met the tolerance, bool, batch."""
+        return self.status == Status.CONVERGED
+
+    def detach(self) -> Solution:
+        """The same solution with a value that holds no autograd graph; `adjoint_stats` stays shared."""
+        return replace(self, value=tree_map(torch.Tensor.detach, self.value))
+
+    def __str__(self) -> str:
+        tolerance = f"rtol={self.rtol:g}" + (f", atol={self.atol:g}" if self.atol else "")
+        lines = [summary("Solution", self, self.num_fn_evals, f"{self.solver}, {tolerance}")]
+        failures = failure_counts(self.status)
+        if failures:
+            lines.append(f"  not converged: {failures}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def failure_counts(status: Tensor) -> str:
+    """For example "2 MAX_STEPS, 1 NONFINITE"; empty when all converged."""
+    counts = [(int((status == code).sum()), code) for code in Status if code != Status.CONVERGED]
+    return ", ".join(f"{count} {code.name}" for count, code in counts if count)
+
+
+def summary(title: str, outcome: Any, num_fn_evals: int, setting: str = "") -> str:
+    """Two lines on how a solve went."""
+    status, relative, steps = outcome.status, outcome.relative_residual, outcome.num_steps
+    converged = int((status == Status.CONVERGED).sum())
+    head = f"{title}: {converged} of {status.numel()} samples converged" + (
+        f" ({setting})" if setting else ""
+    )
+    if status.numel() == 0:
+        return head
+    low, high = int(steps.min()), int(steps.max())
+    span = f"{low}" if low == high else f"{low}-{high}"
+    return (
+        f"{head}\n  {span} steps, f called {num_fn_evals} times, "
+        f"relative residual median {relative.float().nanmedian():.1e}, worst {_worst(relative):.1e}"
+    )
+
+
+def _worst(relative: Tensor) -> float:
+    return float(relative.nan_to_num(nan=torch.inf).max())
+
+
+_ADVICE = {
+    Status.MAX_STEPS: "raise max_steps, loosen rtol, or make f contract faster (Jacobian penalty, smaller weights)",
+    Status.STAGNATED: "loosen rtol, use a higher dtype, or check that f is deterministic "
+    "(dropout and BatchNorm in train mode have no fixed point)",
+    Status.DIVERGED: "f expands here: try solver='anderson' or 'broyden', damping, or a Jacobian penalty or norm cap on f",
+    Status.NONFINITE: "f returned NaN or infinity: check its input and its scale, and the samples marked NONFINITE",
+}
+
+
+def failure_message(what: str, outcome: Any, *, rtol: float, resolution: float) -> str:
+    """What happened, the likely cause, what to change.
+
+    Args:
+        what: "solve" or "adjoint solve".
+        outcome: has status, relative_residual and num_steps.
+        rtol: the tolerance that was asked for.
+        resolution: relative spacing of the state's dtype.
+    """
+    status, relative = outcome.status, outcome.relative_residual
+    failed = status != Status.CONVERGED
+    lines = [
+        f"{what}: {int(failed.sum())} of {status.numel()} samples did not converge ({failure_counts(status)}); "
+        f"worst relative residual {_worst(relative[failed]):.2e}, asked for {rtol:.2e}, "
+        f"after {int(outcome.num_steps[failed].max())} steps."
+    ]
+    if 0 < rtol < 4 * resolution:
+        lines.append(f"rtol={rtol:g} is below what the state's dtype can resolve ({resolution:.1e}).")
+    seen = [code for code in Status if code != Status.CONVERGED and bool((status == code).any())]
+    lines += [f"{code.name}: {_ADVICE[code]}." for code in seen]
+    return " ".join(lines)
+
+
+def report_failure(
+    policy: str, what: str, outcome: Any, *, rtol: float, resolution: float, stacklevel: int
+) -> None:
+    """Warn, raise or keep silent about samples that did not converge, as ``policy`` says.
+
+    Raises:
+        ConvergenceError: under "raise".
+    """
+    if (
+        policy == "ignore"
+        or torch.compiler.is_compiling()
+        or bool((outcome.status == Status.CONVERGED).all())
+    ):
+        return
+    message = failure_message(what, outcome, rtol=rtol, resolution=resolution)
+    if policy == "raise":
+        raise ConvergenceError(message, outcome)
+    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,39 @@
+"""L2. The solvers, and the names they go by. A new one is one file and one line here."""
+
+from deqkit.solvers.anderson import Anderson
+from deqkit.solvers.base import Point, Solver, SolverState
+from deqkit.solvers.broyden import Broyden
+from deqkit.solvers.fixed_point import FixedPointIteration
+
+SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden)}
+
+
+def make_solver(solver: str | Solver) -> Solver:
+    """The solver that a user's setting stands for.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a solver object.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise ValueError(
+                f"unknown solver {solver!r}: choose one of {sorted(SOLVERS)} or pass a solver object"
+            )
+        return SOLVERS[solver]()
+    hint = f"; call it: {solver.__name__}()" if isinstance(solver, type) else ""
+    raise TypeError(f"solver must be a name or a solver object, got {solver!r}{hint}")
+
+
+__all__ = [
+    "SOLVERS",
+    "Anderson",
+    "Broyden",
+    "FixedPointIteration",
+    "Point",
+    "Solver",
+    "SolverState",
+    "make_solver",
+]

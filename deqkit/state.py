@@ -1,0 +1,226 @@
+"""L0. A pytree of tensors seen as one batch of flat vectors, and back.
+
+A state is any pytree of floating or complex tensors whose first ``batch_dims`` dimensions index independent samples.
+The solvers see it as ``Blocks``: one real matrix (B, d) per leaf, all of one working dtype, so that they need no case
+for structure, complex numbers or half precision:
+
+* a complex leaf is viewed as pairs of reals, the convention in which PyTorch differentiates;
+* a float16 or bfloat16 leaf is worked on in float32, while every point handed to f is representable in the leaf's own
+  dtype (see `StateLayout.round`), so that a residual belongs to exactly the point that the caller gets;
+* the dimensions of a sample are laid out in the leaf's own memory order, so that a channels_last tensor reaches f as a
+  channels_last view and not as a copy.
+
+Legend: B number of samples (product of the batch dims), d numbers in one sample of a leaf, D their sum over leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+Blocks = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What is needed to turn one leaf into a (B, d) matrix and back."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    order: tuple[int, ...]  # dims in memory order, batch dims first
+    inverse: tuple[int, ...]
+    permuted_shape: tuple[int, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
+
+def _memory_order(x: Tensor, batch_dims: int) -> tuple[int, ...]:
+    """Dims of x with the batch dims first and the others by falling stride."""
+    rest = sorted(range(batch_dims, x.dim()), key=lambda d: -x.stride(d))
+    return (*range(batch_dims), *rest)
+
+
+class StateLayout:
+    """How one particular pytree maps to `Blocks`.
+
+    Args:
+        x0: the pytree that fixes structure, shapes, dtypes and device.
+        batch_dims: how many leading dims of every leaf index samples.
+
+    Raises:
+        TypeError: a leaf is no tensor or is neither floating nor complex.
+        ValueError: no leaf at all, leaves that disagree on batch shape or device, too few dims.
+    """
+
+    def __init__(self, x0: Any, batch_dims: int) -> None:
+        paths, self.treespec = tree_flatten_with_path(x0)
+        if not paths:
+            raise ValueError("x0 holds no tensor: the state to solve for is empty")
+        self.batch_dims = batch_dims
+        named = [(f"x0{keystr(path)}", leaf) for path, leaf in paths]
+        for name, leaf in named:
+            _check_initial_leaf(name, leaf, batch_dims)
+        first_name, first = named[0]
+        self.device = first.device
+        self.batch_shape = first.shape[:batch_dims]
+        for name, leaf in named[1:]:
+            if leaf.shape[:batch_dims] != self.batch_shape:
+                raise ValueError(
+                    f"leaves disagree on the batch shape: {first_name} has {tuple(self.batch_shape)}, "
+                    f"{name} has {tuple(leaf.shape[:batch_dims])} (batch_dims={batch_dims})"
+                )
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"leaves lie on different devices: {first_name} on {self.device}, {name} on {leaf.device}"
+                )
+        self.num_samples = math.prod(self.batch_shape)
+        reals = [leaf.dtype.to_real() for _, leaf in named]
+        self.dtype = torch.float64 if torch.float64 in reals else torch.float32
+        self.leaves = [self._leaf(name, leaf) for name, leaf in named]
+        self.needs_rounding = any(torch.finfo(leaf.dtype).bits < 32 for leaf in self.leaves)
+
+    def _leaf(self, name: str, x: Tensor) -> _Leaf:
+        order = _memory_order(x, self.batch_dims)
+        inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+        permuted = tuple(x.shape[d] for d in order) + ((2,) if x.is_complex() else ())
+        return _Leaf(name, x.shape, x.dtype, order, inverse, permuted)
+
+    @property
+    def resolution(self) -> float:
+        """Relative spacing of the coarsest dtype among the leaves: no relative residual much below it can be had."""
+        return max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
+
+    def pack(self, tree: Any) -> Blocks:
+        """The pytree as blocks: views where dtype and memory order allow it."""
+        return self._pack(tree_flatten(tree)[0])
+
+    def _pack(self, leaves: list[Tensor]) -> Blocks:
+        return tuple(self._to_block(leaf, x) for leaf, x in zip(self.leaves, leaves, strict=True))
+
+    def _to_block(self, leaf: _Leaf, x: Tensor) -> Tensor:
+        if not leaf.is_plain:
+            x = x.permute(leaf.order)
+        if x.is_complex():
+            x = torch.view_as_real(x.resolve_conj())
+        return x.reshape(self.num_samples, math.prod(leaf.permuted_shape[self.batch_dims :])).to(self.dtype)
+
+    def unpack(self, blocks: Blocks) -> Any:
+        """The blocks as a pytree of x0's structure, shapes and dtypes: views wherever dtypes allow it."""
+        return tree_unflatten(
+            [self._from_block(leaf, b) for leaf, b in zip(self.leaves, blocks, strict=True)], self.treespec
+        )
+
+    def _from_block(self, leaf: _Leaf, block: Tensor) -> Tensor:
+        x = block.to(leaf.dtype.to_real()).reshape(leaf.permuted_shape)
+        if leaf.dtype.is_complex:
+            x = torch.view_as_complex(x.contiguous())
+        return x if leaf.is_plain else x.permute(leaf.inverse)
+
+    def round(self, blocks: Blocks) -> Blocks:
+        """The nearest blocks that the leaves' own dtypes can represent."""
+        if not self.needs_rounding:
+            return blocks
+        return tuple(
+            b.to(leaf.dtype.to_real()).to(self.dtype) for leaf, b in zip(self.leaves, blocks, strict=True)
+        )
+
+    def pack_output(self, out: Any) -> Blocks:
+        """What f returned, checked against the state and packed.
+
+        Under autocast f may return a lower or higher precision than the state has; it is cast back.
+
+        Raises:
+            ValueError: another structure, shape or device than the state's.
+            TypeError: a leaf that is no tensor, or of another dtype outside autocast.
+        """
+        leaves, spec = tree_flatten(out)
+        if spec != self.treespec:
+            raise ValueError(
+                f"f must return the structure of x0: expected {_describe(self.treespec)}, got {_describe(spec)}"
+            )
+        for leaf, x in zip(self.leaves, leaves, strict=True):
+            self._check_output_leaf(leaf, x)
+        return self._pack(leaves)
+
+    def _check_output_leaf(self, leaf: _Leaf, x: Any) -> None:
+        name = leaf.name.replace("x0", "f(x)", 1)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.shape != leaf.shape:
+            raise ValueError(
+                f"f must keep the shape of the state: {name} has {tuple(x.shape)}, {leaf.name} {tuple(leaf.shape)}"
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"f must keep the device of the state: {name} is on {x.device}, {leaf.name} on {self.device}"
+            )
+        if x.dtype != leaf.dtype and not (
+            torch.is_autocast_enabled(self.device.type)
+            and x.is_floating_point()
+            and leaf.dtype.is_floating_point
+        ):
+            raise TypeError(
+                f"f must keep the dtype of the state: {name} is {x.dtype}, {leaf.name} {leaf.dtype}. "
+                f"Give x0 the dtype of f's output, or cast inside f."
+            )
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """A (..., B) tensor with the batch shape in place of B."""
+        return values.reshape(values.shape[:-1] + self.batch_shape)
+
+
+class Evaluator:
+    """f as a map from blocks to blocks that counts its calls.
+
+    Args:
+        f: the function, called as ``f(x, *args)``.
+        layout: the layout of its first argument and of its result.
+        args: what else f gets.
+    """
+
+    def __init__(self, f: Callable[..., Any], layout: StateLayout, args: tuple[Any, ...] = ()) -> None:
+        self.f, self.layout, self.args = f, layout, args
+        self.num_calls = 0
+
+    def __call__(self, x: Blocks) -> Blocks:
+        """f(x, *args).
+
+        Raises:
+            RuntimeError: f changed its first argument in place.
+        """
+        versions = [b._version for b in x] if _versions_are_tracked(x) else None
+        self.num_calls += 1
+        fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
+        if versions is not None and versions != [b._version for b in x]:
+            raise RuntimeError(
+                "f changed its input in place; it must leave x as it is and return a new value"
+            )
+        return fx
+
+
+def _versions_are_tracked(blocks: Blocks) -> bool:
+    return not torch.compiler.is_compiling() and not any(b.is_inference() for b in blocks)
+
+
+def _check_initial_leaf(name: str, leaf: Any, batch_dims: int) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(leaf).__name__}")
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(f"{name} must have a floating or complex dtype, got {leaf.dtype}")
+    if leaf.dim() < batch_dims:
+        raise ValueError(
+            f"{name} has shape {tuple(leaf.shape)}, fewer dims than batch_dims={batch_dims}; one system: batch_dims=0"
+        )
+
+
+def _describe(spec: TreeSpec) -> str:
+    return "a tensor" if spec.is_leaf() else str(tree_unflatten(["*"] * spec.num_leaves, spec))

@@ -1,0 +1,88 @@
+"""L1. When a sample is done, and when it is lost: a value of its own, passed to the loop.
+
+A sample is done when |f(x) - x| <= atol + rtol |f(x)|. It is given up early
+
+* as diverged, when its residual exceeds `divergence_factor` times |f(x0) - x0| + |f(x0)|, the scale of the problem at
+  the start (so that a good starting point, whose first residual is tiny, is no ground for alarm);
+* as stagnated, when for `patience` steps the best distance from the tolerance has not shrunk by even `min_progress`.
+
+With rtol = atol = 0 there is nothing to reach: the solve runs a fixed number of steps, and only samples that are no
+longer finite are given up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Termination:
+    """Tolerances and the limits of patience.
+
+    Args:
+        rtol: tolerated residual relative to |f(x)|.
+        atol: tolerated residual, in the units of the state's norm.
+        divergence_factor: growth of the residual beyond which a sample has diverged.
+        patience: steps without progress after which a sample has stagnated.
+        min_progress: relative fall of the best residual that counts as progress.
+
+    Raises:
+        ValueError: a negative or non-finite tolerance.
+    """
+
+    rtol: float
+    atol: float = 0.0
+    divergence_factor: float = 1e4
+    patience: int = 30
+    min_progress: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether the solve runs its full number of steps whatever the residual."""
+        return self.rtol == 0 and self.atol == 0
+
+    def distance(self, residual: Tensor, scale: Tensor) -> Tensor:
+        """How far a sample is from done, (B,): the residual in units of the tolerance, done at <= 1.
+
+        With fixed steps it is the relative residual, and done only at exactly 0.
+        """
+        tolerance = scale if self.fixed_steps else self.atol + self.rtol * scale
+        return torch.where(residual == 0, 0.0, residual / tolerance)
+
+    @property
+    def target(self) -> float:
+        """The `distance` at which a sample is done."""
+        return 0.0 if self.fixed_steps else 1.0
+
+
+class Patience:
+    """Per-sample memory of the divergence and stagnation tests; all tensors (B,)."""
+
+    def __init__(self, termination: Termination, residual: Tensor, scale: Tensor) -> None:
+        self.termination = termination
+        self.limit = termination.divergence_factor * (residual + scale)
+        self.reference = torch.full_like(residual, torch.inf)
+        self.idle_steps = torch.zeros_like(residual, dtype=torch.int32)
+
+    def diverged(self, residual: Tensor) -> Tensor:
+        """Which samples have left the scale of their start."""
+        return residual > self.limit
+
+    def stagnated(self, distance: Tensor) -> Tensor:
+        """Record one more distance, and tell which samples have stopped making progress."""
+        progress = distance < (1 - self.termination.min_progress) * self.reference
+        self.reference = torch.where(progress, distance, self.reference)
+        self.idle_steps = torch.where(progress, 0, self.idle_steps + 1)
+        return self.idle_steps >= self.termination.patience
