@@ -38,14 +38,14 @@ def solve(
 ) -> Solution:
     """Find the fixed point x* = f(x*, *args), sample by sample, and make it differentiable.
 
-    Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the best
-    point that was visited, by the measure of the stopping test; its residual is the true one.
+    Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the
+    best point that was visited, by the measure of the stopping test; its residual is the true one.
 
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps and never synchronises with the device.
 
     Args:
-        f: called as ``f(x, *args)``; returns the structure, shapes, dtypes and device of x. It must be deterministic and
-            must not mix samples. It may close over parameters: they get their gradients.
+        f: called as ``f(x, *args)``; returns the structure, shapes, dtypes and device of x. It must be deterministic
+            and must not mix samples. It may close over parameters: they get their gradients.
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
         solver: "fixed_point", "anderson", "broyden", or a solver object.
@@ -54,8 +54,8 @@ def solve(
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
         max_steps: limit of solver steps; f is evaluated at most once more than that, and once for the gradient.
-        norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the leaf that is relatively
-            worst, or a function from a state to a tensor of the batch shape.
+        norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the leaf that is
+            relatively worst, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.
         on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
             `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.

@@ -57,9 +57,7 @@ class History:
     def dot(self, blocks: Blocks) -> Tensor:
         """Inner product of every column with one vector, shape (B, n)."""
         n = self.num_columns
-        products = [
-            torch.bmm(h[:, :n], b.unsqueeze(2)).squeeze(2) for h, b in zip(self._buffers, blocks, strict=True)
-        ]
+        products = [torch.bmm(h[:, :n], b.unsqueeze(2)).squeeze(2) for h, b in zip(self._buffers, blocks, strict=True)]
         return sum(products[1:], start=products[0])
 
     def subtract_combination(self, base: Blocks, coefficients: Tensor) -> Blocks:
@@ -80,7 +78,7 @@ def write_row(matrix: Tensor, slot: int, row: Tensor) -> Tensor:
 
 
 def write_column(matrix: Tensor, slot: int, column: Tensor) -> Tensor:
-    """The matrix (B, m, m) with its column ``slot`` replaced by ``column`` (B, n); a copy where gradients are enabled."""
+    """The matrix (B, m, m) with its column ``slot`` replaced by ``column`` (B, n), as `write_row` does."""
     return write_row(matrix.transpose(1, 2), slot, column).transpose(1, 2)
 
 

@@ -107,9 +107,7 @@ def run(
 class _Book:
     """The records of a solve, one entry per sample."""
 
-    def __init__(
-        self, x: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool
-    ) -> None:
+    def __init__(self, x: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool) -> None:
         self.termination = termination
         self.patience = Patience(termination, residual, scale)
         self.active = torch.ones_like(residual, dtype=torch.bool)

@@ -18,7 +18,9 @@ from deqkit.state import Blocks, StateLayout
 class StateNorm(Protocol):
     """Residual and scale, each of shape (B,), from the residual and f(x)."""
 
-    def __call__(self, r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
+        """Measure one evaluation."""
+        ...
 
 
 def leaf_norms(blocks: Blocks) -> Tensor:
@@ -63,9 +65,7 @@ def make_norm(norm: str | Callable[[Any], Tensor] | None, layout: StateLayout) -
         return l2
     if isinstance(norm, str):
         if norm not in _NORMS:
-            raise ValueError(
-                f"unknown norm {norm!r}: choose one of {sorted(_NORMS)} or pass a function of the state"
-            )
+            raise ValueError(f"unknown norm {norm!r}: choose one of {sorted(_NORMS)} or pass a function of the state")
         return _NORMS[norm]
     if not callable(norm):
         raise TypeError(f"norm must be None, a name or a function of the state, got {type(norm).__name__}")
@@ -75,9 +75,7 @@ def make_norm(norm: str | Callable[[Any], Tensor] | None, layout: StateLayout) -
         for size in sizes:
             if not isinstance(size, Tensor) or size.shape != layout.batch_shape:
                 got = tuple(size.shape) if isinstance(size, Tensor) else type(size).__name__
-                raise ValueError(
-                    f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, got {got}"
-                )
+                raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, got {got}")
         return sizes[0].reshape(-1), sizes[1].reshape(-1)
 
     return custom

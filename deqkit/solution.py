@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +25,6 @@ class Status(enum.IntEnum):
     STAGNATED = 2  #: the residual stopped falling above the tolerance
     DIVERGED = 3  #: the residual grew beyond the scale of the problem
     NONFINITE = 4  #: f or the step produced NaN or infinity
-
-
-class Outcome(Protocol):
-    """The fields that tell how a solve went; `Solution` and `AdjointStats` both have them."""
-
-    @property
-    def status(self) -> Tensor: ...
-    @property
-    def relative_residual(self) -> Tensor: ...
-    @property
-    def num_steps(self) -> Tensor: ...
 
 
 @dataclass
@@ -65,9 +54,7 @@ class AdjointStats:
 
     def __str__(self) -> str:
         return (
-            "AdjointStats: no adjoint solve yet"
-            if self.status is None
-            else summary("Adjoint", self, self.num_fn_evals)
+            "AdjointStats: no adjoint solve yet" if self.status is None else summary("Adjoint", self, self.num_fn_evals)
         )
 
 
@@ -132,9 +119,7 @@ def summary(title: str, outcome: Any, num_fn_evals: int, setting: str = "") -> s
     """Two lines on how a solve went."""
     status, relative, steps = outcome.status, outcome.relative_residual, outcome.num_steps
     converged = int((status == Status.CONVERGED).sum())
-    head = f"{title}: {converged} of {status.numel()} samples converged" + (
-        f" ({setting})" if setting else ""
-    )
+    head = f"{title}: {converged} of {status.numel()} samples converged" + (f" ({setting})" if setting else "")
     if status.numel() == 0:
         return head
     low, high = int(steps.min()), int(steps.max())
@@ -153,7 +138,8 @@ _ADVICE = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or make f contract faster (Jacobian penalty, smaller weights)",
     Status.STAGNATED: "loosen rtol, use a higher dtype, or check that f is deterministic "
     "(dropout and BatchNorm in train mode have no fixed point)",
-    Status.DIVERGED: "f expands here: try solver='anderson' or 'broyden', damping, or a Jacobian penalty or norm cap on f",
+    Status.DIVERGED: "f expands here: try solver='anderson' or 'broyden', damping, or smaller weights (a norm cap, "
+    "a Jacobian penalty)",
     Status.NONFINITE: "f returned NaN or infinity: check its input and its scale, and the samples marked NONFINITE",
 }
 
@@ -181,19 +167,13 @@ def failure_message(what: str, outcome: Any, *, rtol: float, resolution: float) 
     return " ".join(lines)
 
 
-def report_failure(
-    policy: str, what: str, outcome: Any, *, rtol: float, resolution: float, stacklevel: int
-) -> None:
+def report_failure(policy: str, what: str, outcome: Any, *, rtol: float, resolution: float, stacklevel: int) -> None:
     """Warn, raise or keep silent about samples that did not converge, as ``policy`` says.
 
     Raises:
         ConvergenceError: under "raise".
     """
-    if (
-        policy == "ignore"
-        or torch.compiler.is_compiling()
-        or bool((outcome.status == Status.CONVERGED).all())
-    ):
+    if policy == "ignore" or torch.compiler.is_compiling() or bool((outcome.status == Status.CONVERGED).all()):
         return
     message = failure_message(what, outcome, rtol=rtol, resolution=resolution)
     if policy == "raise":

@@ -129,9 +129,7 @@ class StateLayout:
         """The nearest blocks that the leaves' own dtypes can represent."""
         if not self.needs_rounding:
             return blocks
-        return tuple(
-            b.to(leaf.dtype.to_real()).to(self.dtype) for leaf, b in zip(self.leaves, blocks, strict=True)
-        )
+        return tuple(b.to(leaf.dtype.to_real()).to(self.dtype) for leaf, b in zip(self.leaves, blocks, strict=True))
 
     def pack_output(self, out: Any) -> Blocks:
         """What f returned, checked against the state and packed.
@@ -164,9 +162,7 @@ class StateLayout:
                 f"f must keep the device of the state: {name} is on {x.device}, {leaf.name} on {self.device}"
             )
         if x.dtype != leaf.dtype and not (
-            torch.is_autocast_enabled(self.device.type)
-            and x.is_floating_point()
-            and leaf.dtype.is_floating_point
+            torch.is_autocast_enabled(self.device.type) and x.is_floating_point() and leaf.dtype.is_floating_point
         ):
             raise TypeError(
                 f"f must keep the dtype of the state: {name} is {x.dtype}, {leaf.name} {leaf.dtype}. "
@@ -201,9 +197,7 @@ class Evaluator:
         self.num_calls += 1
         fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions is not None and versions != [b._version for b in x]:
-            raise RuntimeError(
-                "f changed its input in place; it must leave x as it is and return a new value"
-            )
+            raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
         return fx
 
 

@@ -22,9 +22,7 @@ def make_adjoint(adjoint: str | Adjoint) -> Adjoint:
         return adjoint
     if isinstance(adjoint, str):
         if adjoint not in ADJOINTS:
-            raise ValueError(
-                f"unknown adjoint {adjoint!r}: choose one of {sorted(ADJOINTS)} or pass an adjoint object"
-            )
+            raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {sorted(ADJOINTS)} or pass an adjoint object")
         return ADJOINTS[adjoint]()
     hint = f"; call it: {adjoint.__name__}()" if isinstance(adjoint, type) else ""
     raise TypeError(f"adjoint must be a name or an adjoint object, got {adjoint!r}{hint}")

@@ -99,8 +99,8 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative would lack "
-            "the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
+            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative would "
+            "lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
         )
 
 

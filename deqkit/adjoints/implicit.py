@@ -64,9 +64,8 @@ class ImplicitAdjoint(Adjoint):
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with the exact gradient."""
         x_in = cut(x)
-        first_node = _next_sequence_number()
         fx = problem.f(x_in)
-        leaves = _dependencies(fx, problem.f.args, first_node)
+        leaves = _dependencies(fx, x_in, problem.f.args)
         return _Implicit.apply(self, problem, leaves.complete, len(x), *x_in, *fx, *leaves.tensors)  # pyright: ignore[reportReturnType]
 
     def termination(self, problem: Problem) -> Termination:
@@ -108,9 +107,7 @@ class _Implicit(torch.autograd.Function):
     """x* with u as the cotangent of f(x*)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, complete: bool, n: int, *tensors: Tensor
-    ) -> Any:
+    def forward(ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, complete: bool, n: int, *tensors: Tensor) -> Any:
         ctx.adjoint, ctx.problem, ctx.complete, ctx.n = adjoint, problem, complete, n
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -157,8 +154,8 @@ def _differentiable_gradients(
         f, problem.norm, problem.rtol, problem.atol, problem.max_steps, problem.on_failure, problem.stats
     )
     u = adjoint.attach(u_problem, u)
-    # u has the way through x* in it already: only what f takes from the leaves directly is wanted now. The derivative of
-    # that, however, does depend on x*, so the way is barred for this one call and not cut.
+    # u has the way through x* in it already: only what f takes from the leaves directly is wanted now. The derivative
+    # of that, however, does depend on x*, so the way is barred for this one call and not cut.
     barrier = _Barrier()
     fx = problem.f(tuple(_Barred.apply(b, barrier) for b in x_star))
     grads = torch.autograd.grad(fx, leaves, u, create_graph=True, allow_unused=True)
@@ -197,10 +194,15 @@ class _Dependencies:
     complete: bool
 
 
-def _dependencies(fx: Blocks, args: tuple[Any, ...], first_node: int) -> _Dependencies:
-    """Walk the graph of one evaluation of f down to what lay there before it."""
+def _dependencies(fx: Blocks, x: Blocks, args: tuple[Any, ...]) -> _Dependencies:
+    """Walk the graph of one evaluation of f at ``x`` down to what lay there before it.
+
+    Autograd numbers its nodes in the order in which a thread makes them, so a node older than those of ``x`` belongs to
+    something that f closes over.
+    """
+    first_node = min(b.grad_fn._sequence_nr() for b in x if b.grad_fn is not None)
     named = {id(t): t for t in tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad}
-    edges = {(t.grad_fn, t.output_nr) for t in named.values() if t.grad_fn is not None}
+    edges = {(t.grad_fn, t.output_nr) for t in (*x, *named.values()) if t.grad_fn is not None}
     complete = True
     seen: set[Any] = set()
     todo = [(b.grad_fn, b.output_nr) for b in fx]
@@ -208,22 +210,12 @@ def _dependencies(fx: Blocks, args: tuple[Any, ...], first_node: int) -> _Depend
         node, output_nr = todo.pop()
         if node is None or (node, output_nr) in edges:
             continue
-        if hasattr(node, "variable"):
-            named.setdefault(id(node.variable), node.variable)
+        variable = getattr(node, "variable", None)  # of the node that accumulates into a leaf
+        if variable is not None:
+            named.setdefault(id(variable), variable)
         elif node._sequence_nr() < first_node:
-            complete = (
-                complete
-                and isinstance(node, torch.autograd.function.BackwardCFunction)
-                and node.name() == "_CutBackward"
-            )
+            complete = False
         elif node not in seen:
             seen.add(node)
             todo.extend(node.next_functions)
     return _Dependencies(list(named.values()), complete)
-
-
-def _next_sequence_number() -> int:
-    """A number that every autograd node made from now on in this thread reaches, and no earlier one does."""
-    probe = torch.zeros((), requires_grad=True).view_as(torch.zeros(()))
-    assert probe.grad_fn is not None
-    return probe.grad_fn._sequence_nr()

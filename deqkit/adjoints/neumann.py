@@ -24,7 +24,8 @@ class NeumannAdjoint(Adjoint):
     """Approximate gradients from the first terms of the Neumann series.
 
     Args:
-        num_terms: k, how many terms; the backward pass takes k - 1 vector-Jacobian products beyond the one every adjoint takes.
+        num_terms: k, how many terms; the backward pass takes k - 1 vector-Jacobian products beyond the one that every
+            adjoint takes.
 
     Raises:
         ValueError: num_terms below 1.

@@ -39,11 +39,7 @@ class UnrolledAdjoint(Adjoint):
         inner = f.f
 
         def recomputing(x: Any, *args: Any) -> Any:
-            return (
-                checkpoint(inner, x, *args, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else inner(x, *args)
-            )
+            return checkpoint(inner, x, *args, use_reentrant=False) if torch.is_grad_enabled() else inner(x, *args)
 
         return Evaluator(recomputing, f.layout, f.args)
 

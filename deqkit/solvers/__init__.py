@@ -19,9 +19,7 @@ def make_solver(solver: str | Solver) -> Solver:
         return solver
     if isinstance(solver, str):
         if solver not in SOLVERS:
-            raise ValueError(
-                f"unknown solver {solver!r}: choose one of {sorted(SOLVERS)} or pass a solver object"
-            )
+            raise ValueError(f"unknown solver {solver!r}: choose one of {sorted(SOLVERS)} or pass a solver object")
         return SOLVERS[solver]()
     hint = f"; call it: {solver.__name__}()" if isinstance(solver, type) else ""
     raise TypeError(f"solver must be a name or a solver object, got {solver!r}{hint}")

@@ -9,8 +9,8 @@ Source: Walker & Ni, "Anderson acceleration for fixed-point iterations", SIAM J.
 Fang & Saad, "Two classes of multisecant methods", Numer. Linear Algebra Appl. 16 (2009).
 
 Deliberate deviations:
-* Every pair is divided by |dr_i| before it is stored. The Gram matrix then has a unit diagonal, so the ridge is relative
-  to its trace and old, large differences do not drown new, small ones (an absolute ridge stalls at small residuals).
+* Every pair is divided by |dr_i| before it is stored. The Gram matrix then has a unit diagonal, so the ridge is
+  relative to its trace and old, large differences do not drown new, small ones (an absolute ridge stalls at small residuals).
 * One row of the Gram matrix is computed per step; the m by m system is solved in float64.
 * Each sample has a safeguard of its own: a pair that is no use (f did not change, or not finite) is skipped, a solve
   that fails falls back to the plain step, and a residual far above the best one seen clears that sample's history.
@@ -40,7 +40,8 @@ class Anderson(Solver):
         mixing: beta, the weight of the residual in the new point, in (0, 1].
         ridge: regularisation of the least-squares problem relative to the mean diagonal of its Gram matrix; None takes
             the precision of the working dtype.
-        restart_factor: a sample whose distance from the tolerance exceeds this multiple of its best one forgets its history.
+        restart_factor: a sample forgets its history when its distance from the tolerance exceeds this multiple of its
+            best one.
         check_every: see `Solver`.
 
     Raises:
@@ -48,7 +49,7 @@ class Anderson(Solver):
     """
 
     name: ClassVar[str] = "anderson"
-    history: int = 5
+    history: int = 8
     mixing: float = 1.0
     ridge: float | None = None
     restart_factor: float = 10.0

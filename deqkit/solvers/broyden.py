@@ -8,7 +8,7 @@ It seeks the root of F(x) = f(x) - x with an inverse Jacobian H, H_0 = -I (so th
 Kept is not H but the last m pairs (dx_i, dF_i). The updates that they make, oldest first, starting from -I, have the
 compact form
 
-    H = -I - (S + Y) M^-1 (-S^T) ... = -I + (S + Y) (S^T Y + L)^-1 S^T,
+    H = -I + (S + Y) (S^T Y + L)^-1 S^T,
     S = [dx_i], Y = [dF_i],  L = strictly lower triangle (younger row, older column) of S^T S,
 
 which follows from the compact form of the direct update with the Sherman-Morrison-Woodbury identity.
@@ -43,7 +43,8 @@ class Broyden(Solver):
 
     Args:
         history: m, how many past pairs define the inverse Jacobian.
-        restart_factor: a sample whose distance from the tolerance exceeds this multiple of its best one forgets its history.
+        restart_factor: a sample forgets its history when its distance from the tolerance exceeds this multiple of its
+            best one. Broyden's residuals rise on the way even where it converges, so this should not be small.
         check_every: see `Solver`.
 
     Raises:
@@ -51,8 +52,8 @@ class Broyden(Solver):
     """
 
     name: ClassVar[str] = "broyden"
-    history: int = 15
-    restart_factor: float = 10.0
+    history: int = 20
+    restart_factor: float = 30.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +73,6 @@ class _State:
         self.last: Point | None = None
         self.s = linalg.History(settings.history)  # dx
         self.z = linalg.History(settings.history)  # dx + dF, the change of f
-        self.ages: list[int] = []
         self.ss: Tensor  # S^T S
         self.sz: Tensor  # S^T (S + Y)
         self.usable: Tensor
