@@ -54,8 +54,8 @@ def solve(
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
         max_steps: limit of solver steps; f is evaluated at most once more than that, and once for the gradient.
-        norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the leaf that is
-            relatively worst, or a function from a state to a tensor of the batch shape.
+        norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the relatively worst
+            leaf, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.
         on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
             `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.
@@ -66,8 +66,8 @@ def solve(
         A `Solution`.
 
     Raises:
-        TypeError: x0 or f(x0) hold something else than tensors of a floating or complex dtype, dtypes differ, or a setting
-            has the wrong type.
+        TypeError: x0 or f(x0) hold something else than tensors of a floating or complex dtype, dtypes differ, or a
+            setting has the wrong type.
         ValueError: shapes or structure differ, or a setting is unknown or out of range.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         RuntimeError: f changed its input in place.

@@ -99,8 +99,8 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative would "
-            "lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
+            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative "
+            "would lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
         )
 
 
@@ -108,3 +108,23 @@ def vjp(fx: Blocks, x: Blocks, u: Blocks, create_graph: bool = False) -> Blocks:
     """J^T u for J = df/dx, along the graph from ``x`` to ``fx``, which is kept; zero where f does not depend on x."""
     grads = torch.autograd.grad(fx, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return tuple(torch.zeros_like(b) if g is None else g for g, b in zip(grads, x, strict=True))
+
+
+class ProductGraph:
+    """Which graph a backward pass takes its vector-Jacobian products along; made in the forward pass.
+
+    Usually that is the graph of the evaluation that carries the gradient. But where saved tensors are packed away
+    (activation checkpointing, offloading), every product would unpack them anew, at worst by running the whole solve
+    again. Then f is evaluated once more instead, in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    def graph(self, problem: Problem, x: Blocks, fx: Blocks) -> tuple[Blocks, Blocks]:
+        """A point and f at that point, with the graph between them in memory."""
+        if not self.packed:
+            return x, fx
+        with torch.enable_grad():
+            x = tuple(b.detach().requires_grad_() for b in x)
+            return x, problem.f(x)

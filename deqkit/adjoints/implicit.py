@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from deqkit import loop
-from deqkit.adjoints.base import Adjoint, Problem, cut, vjp
+from deqkit.adjoints.base import Adjoint, Problem, ProductGraph, cut, vjp
 from deqkit.solution import report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
@@ -109,6 +109,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, complete: bool, n: int, *tensors: Tensor) -> Any:
         ctx.adjoint, ctx.problem, ctx.complete, ctx.n = adjoint, problem, complete, n
+        ctx.products = ProductGraph()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         # Copies: the caller may change the value in place, the point that f was differentiated at must stay.
@@ -116,13 +117,13 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> Any:
-        n = ctx.n
-        x, fx, leaves = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n :]
+        n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
+        x, fx, leaves = saved[:n], saved[n : 2 * n], saved[2 * n :]
         before = (None,) * (4 + n)
         if all(b is None for b in g):  # behind a closed barrier
             return (*before, *(None for _ in fx), *(None for _ in leaves))
         g = tuple(torch.zeros_like(b) if c is None else c for c, b in zip(g, x, strict=True))
-        u = ctx.adjoint.solve(ctx.problem, x, fx, tuple(b.detach() for b in g))
+        u = ctx.adjoint.solve(ctx.problem, *ctx.products.graph(ctx.problem, x, fx), tuple(b.detach() for b in g))
         if not torch.is_grad_enabled():
             return (*before, *u, *(None for _ in leaves))
         if not ctx.complete:
@@ -145,11 +146,12 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """u^T df/d(leaf) at ``x_star`` for every leaf, as differentiable functions of leaves, x* and g."""
 
-    def adjoint_map(u: Blocks, x_star: Blocks, g: Blocks) -> Blocks:
+    def adjoint_map(u: Blocks, x_star: Blocks, g: Blocks, hidden: Any) -> Blocks:
+        del hidden  # what f itself is called with, named here only so that derivatives of higher order find it
         fx = problem.f(x_star)
         return tuple(torch.add(a, b) for a, b in zip(vjp(fx, x_star, u, create_graph=True), g, strict=True))
 
-    f = Evaluator(adjoint_map, StateLayout(u, batch_dims=1), (x_star, g))
+    f = Evaluator(adjoint_map, StateLayout(u, batch_dims=1), (x_star, g, problem.f.args))
     u_problem = Problem(
         f, problem.norm, problem.rtol, problem.atol, problem.max_steps, problem.on_failure, problem.stats
     )

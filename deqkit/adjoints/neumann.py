@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deqkit.adjoints.base import Adjoint, Problem, cut, refuse_double_backward, vjp
+from deqkit.adjoints.base import Adjoint, Problem, ProductGraph, cut, refuse_double_backward, vjp
 from deqkit.solvers.base import require_int
 from deqkit.state import Blocks
 
@@ -40,7 +40,7 @@ class NeumannAdjoint(Adjoint):
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with an approximate gradient."""
         x_in = cut(x)
-        return _Neumann.apply(self.num_terms, len(x), *x_in, *problem.f(x_in))  # pyright: ignore[reportReturnType]
+        return _Neumann.apply(self.num_terms, problem, len(x), *x_in, *problem.f(x_in))  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,21 @@ class JFB(NeumannAdjoint):
 
 class _Neumann(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, num_terms: int, n: int, *tensors: Tensor) -> Any:
-        ctx.num_terms, ctx.n = num_terms, n
+    def forward(ctx: Any, num_terms: int, problem: Problem, n: int, *tensors: Tensor) -> Any:
+        ctx.num_terms, ctx.problem, ctx.n = num_terms, problem, n
+        ctx.products = ProductGraph()
         ctx.save_for_backward(*tensors)
         return tuple(x.clone() for x in tensors[:n])
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> Any:
         refuse_double_backward()
-        x, fx = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
+        x, fx = saved[:n], saved[n:]
+        if ctx.num_terms > 1:
+            x, fx = ctx.products.graph(ctx.problem, x, fx)
         u = term = g
         for _ in range(ctx.num_terms - 1):
             term = vjp(fx, x, term)
             u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
-        return (None, None, *(None for _ in x), *u)
+        return (None, None, None, *(None for _ in x), *u)

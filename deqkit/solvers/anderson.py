@@ -10,7 +10,8 @@ Fang & Saad, "Two classes of multisecant methods", Numer. Linear Algebra Appl. 1
 
 Deliberate deviations:
 * Every pair is divided by |dr_i| before it is stored. The Gram matrix then has a unit diagonal, so the ridge is
-  relative to its trace and old, large differences do not drown new, small ones (an absolute ridge stalls at small residuals).
+  relative to its trace and old, large differences do not drown new, small ones (an absolute ridge stalls at small
+  residuals).
 * One row of the Gram matrix is computed per step; the m by m system is solved in float64.
 * Each sample has a safeguard of its own: a pair that is no use (f did not change, or not finite) is skipped, a solve
   that fails falls back to the plain step, and a residual far above the best one seen clears that sample's history.
