@@ -58,6 +58,23 @@ def test_gradients_of_closed_over_parameters() -> None:
     assert gradgradcheck(run, tuple(layer.parameters()))
 
 
+def test_gradgradcheck_where_arguments_depend_on_one_another() -> None:
+    """args holds a, 2 a and a again through a closure: each way counts once."""
+    a, b = inputs(2, 1)
+
+    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        adjoint = EXACT["implicit_anderson"]
+        f = lambda x, p, q, b: torch.tanh(x @ (0.3 * p + 0.1 * q).T + b)  # noqa: E731
+        return deqkit.solve(f, torch.zeros_like(b), args=(a, 2 * a, b), adjoint=adjoint, **TIGHT).value
+
+    def closing_over(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        adjoint = EXACT["implicit_anderson"]
+        f = lambda x, p: torch.tanh(x @ (0.3 * p + 0.1 * a).T + b)  # noqa: E731
+        return deqkit.solve(f, torch.zeros_like(b), args=(a,), adjoint=adjoint, **TIGHT).value
+
+    assert gradgradcheck(run, (a, b)) and gradgradcheck(closing_over, (a, b))
+
+
 def test_third_derivative() -> None:
     """Against 200 plain steps; the derivatives of fewer, accelerated steps lag behind their value."""
 

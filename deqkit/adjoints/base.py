@@ -119,7 +119,7 @@ class ProductGraph:
     """
 
     def __init__(self) -> None:
-        self.packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
     def graph(self, problem: Problem, x: Blocks, fx: Blocks) -> tuple[Blocks, Blocks]:
         """A point and f at that point, with the graph between them in memory."""

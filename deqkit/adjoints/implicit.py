@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from deqkit import loop
 from deqkit.adjoints.base import Adjoint, Problem, ProductGraph, cut, vjp
+from deqkit.adjoints.dependencies import direct_gradients, find_dependencies
 from deqkit.solution import report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
@@ -65,7 +65,7 @@ class ImplicitAdjoint(Adjoint):
         """``x`` with the exact gradient."""
         x_in = cut(x)
         fx = problem.f(x_in)
-        leaves = _dependencies(fx, x_in, problem.f.args)
+        leaves = find_dependencies(fx, x_in, problem.f.args)
         return _Implicit.apply(self, problem, leaves.complete, len(x), *x_in, *fx, *leaves.tensors)  # pyright: ignore[reportReturnType]
 
     def termination(self, problem: Problem) -> Termination:
@@ -156,68 +156,5 @@ def _differentiable_gradients(
         f, problem.norm, problem.rtol, problem.atol, problem.max_steps, problem.on_failure, problem.stats
     )
     u = adjoint.attach(u_problem, u)
-    # u has the way through x* in it already: only what f takes from the leaves directly is wanted now. The derivative
-    # of that, however, does depend on x*, so the way is barred for this one call and not cut.
-    barrier = _Barrier()
-    fx = problem.f(tuple(_Barred.apply(b, barrier) for b in x_star))
-    grads = torch.autograd.grad(fx, leaves, u, create_graph=True, allow_unused=True)
-    barrier.closed = False
-    return grads
-
-
-@dataclass
-class _Barrier:
-    closed: bool = True
-
-
-class _Barred(torch.autograd.Function):
-    """Identity whose gradient passes only while its barrier is open."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, barrier: _Barrier) -> Tensor:
-        ctx.barrier = barrier
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return (None if ctx.barrier.closed else grad_outputs[0]), None
-
-
-@dataclass
-class _Dependencies:
-    """The tensors that an evaluation of f was found to depend on.
-
-    Attributes:
-        tensors: tensors in ``args`` that require grad, and leaf tensors that f closes over.
-        complete: False when f also closes over a tensor with a graph of its own, which can't be named from here.
-    """
-
-    tensors: list[Tensor]
-    complete: bool
-
-
-def _dependencies(fx: Blocks, x: Blocks, args: tuple[Any, ...]) -> _Dependencies:
-    """Walk the graph of one evaluation of f at ``x`` down to what lay there before it.
-
-    Autograd numbers its nodes in the order in which a thread makes them, so a node older than those of ``x`` belongs to
-    something that f closes over.
-    """
-    first_node = min(b.grad_fn._sequence_nr() for b in x if b.grad_fn is not None)
-    named = {id(t): t for t in tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad}
-    edges = {(t.grad_fn, t.output_nr) for t in (*x, *named.values()) if t.grad_fn is not None}
-    complete = True
-    seen: set[Any] = set()
-    todo = [(b.grad_fn, b.output_nr) for b in fx]
-    while todo:
-        node, output_nr = todo.pop()
-        if node is None or (node, output_nr) in edges:
-            continue
-        variable = getattr(node, "variable", None)  # of the node that accumulates into a leaf
-        if variable is not None:
-            named.setdefault(id(variable), variable)
-        elif node._sequence_nr() < first_node:
-            complete = False
-        elif node not in seen:
-            seen.add(node)
-            todo.extend(node.next_functions)
-    return _Dependencies(list(named.values()), complete)
+    # u has every way through x* in it already.
+    return direct_gradients(problem.f, x_star, u, leaves)

@@ -1,0 +1,150 @@
+"""The solvers against the dense matrices that they stand for, and the memory they take (promise 5)."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from equations import linear, tanh
+from torch import Tensor
+
+import deqkit
+from deqkit.solvers.base import Point, SolverState
+
+
+def visit(state: SolverState, x: Tensor, fx: Tensor) -> Tensor:
+    residual = (fx - x).norm(dim=1)
+    return state.step(Point((x,), (fx,), (fx - x,), residual, residual / fx.norm(dim=1)))[0]
+
+
+def random_points(n: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Points and images of a nonlinear map, unrelated to any solver's path."""
+    eq = tanh(n=n, batch=1)
+    g = torch.Generator().manual_seed(1)
+    points = [torch.randn(1, n, dtype=torch.float64, generator=g) for _ in range(count)]
+    return [(x, eq.f(x, *eq.args)) for x in points]
+
+
+def dense_broyden(points: list[tuple[Tensor, Tensor]], history: int) -> Tensor:
+    """-I after the rank-one updates of the last ``history`` pairs, oldest first."""
+    n = points[0][0].shape[1]
+    h = -torch.eye(n, dtype=torch.float64)
+    for (x0, f0), (x1, f1) in list(zip(points[:-1], points[1:], strict=True))[-history:]:
+        dx, dr = (x1 - x0)[0], (f1 - x1 - f0 + x0)[0]
+        h = h + torch.outer(dx - h @ dr, dx @ h) / (dx @ h @ dr)
+    return h
+
+
+@pytest.mark.parametrize("history", [1, 2, 3, 5, 30])
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_broyden_is_its_dense_form(history: int, count: int) -> None:
+    points = random_points(12, count)
+    state = deqkit.Broyden(history=history, restart_factor=1e30).start()
+    for x, fx in points:
+        new = visit(state, x, fx)
+    x, fx = points[-1]
+    expected = x[0] - dense_broyden(points, history) @ (fx - x)[0]
+    torch.testing.assert_close(new[0], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("history", [1, 3, 6])
+def test_broyden_satisfies_the_newest_secant_equation(history: int) -> None:
+    points = random_points(12, 10)
+    h = dense_broyden(points, history)
+    (x0, f0), (x1, f1) = points[-2:]
+    torch.testing.assert_close(h @ (f1 - x1 - f0 + x0)[0], (x1 - x0)[0])
+    state = deqkit.Broyden(history=history, restart_factor=1e30).start()
+    for x, fx in points:
+        after_last = visit(state, x, fx)[0]
+    # Where the residual is that of the point before, the same matrix must lead from x1 to where x0 would have gone.
+    torch.testing.assert_close(after_last, x1[0] - h @ (f1 - x1)[0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.5])
+@pytest.mark.parametrize("history", [1, 3, 5])
+def test_anderson_is_least_squares(history: int, mixing: float) -> None:
+    points = random_points(12, 8)
+    state = deqkit.Anderson(history=history, mixing=mixing, ridge=0.0, restart_factor=1e30).start()
+    for x, fx in points:
+        new = visit(state, x, fx)
+    pairs = list(zip(points[:-1], points[1:], strict=True))[-history:]
+    dx = torch.stack([(b[0] - a[0])[0] for a, b in pairs], dim=1)
+    dr = torch.stack([(b[1] - b[0] - a[1] + a[0])[0] for a, b in pairs], dim=1)
+    x, fx = points[-1]
+    r = (fx - x)[0]
+    gamma = torch.linalg.lstsq(dr, r.unsqueeze(1)).solution[:, 0]
+    torch.testing.assert_close(new[0], x[0] + mixing * r - (dx + mixing * dr) @ gamma, rtol=1e-8, atol=1e-8)
+
+
+def test_anderson_ends_on_a_linear_problem_in_its_dimension() -> None:
+    """With full history it is GMRES in disguise: n + 1 steps at the most (Walker & Ni 2011, theorem 2.2)."""
+    eq = linear(n=8, batch=3, radius=0.9)
+    solver = deqkit.Anderson(history=8, ridge=0.0)
+    assert deqkit.solve(eq.f, eq.x0, args=eq.args, solver=solver, rtol=1e-9).num_steps.max() <= 9
+
+
+def test_broyden_ends_on_a_linear_problem_in_twice_its_dimension() -> None:
+    """Gay, "Some convergence properties of Broyden's method", SIAM J. Numer. Anal. 16 (1979)."""
+    eq = linear(n=6, batch=3, radius=0.9)
+    solver = deqkit.Broyden(history=40, restart_factor=1e30)
+    assert deqkit.solve(eq.f, eq.x0, args=eq.args, solver=solver, rtol=1e-9).num_steps.max() <= 13
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+def test_small_residuals_are_reached_quickly(solver: str) -> None:
+    """An absolute ridge would stall here."""
+    eq = tanh(n=40, batch=4, radius=0.97, seed=7)
+    plain = deqkit.solve(eq.f, eq.x0, args=eq.args, solver="fixed_point", rtol=1e-12, max_steps=500)
+    fast = deqkit.solve(eq.f, eq.x0, args=eq.args, solver=solver, rtol=1e-12, max_steps=500)
+    assert fast.converged.all() and plain.converged.all()
+    assert fast.num_fn_evals < plain.num_fn_evals / 2
+
+
+@pytest.mark.parametrize("history", [1, 2, 5])
+def test_bounded_broyden_memory_does_not_blow_up(history: int) -> None:
+    eq = tanh(n=40, batch=4, radius=0.9, seed=3)
+    sol = deqkit.solve(eq.f, eq.x0, args=eq.args, solver=deqkit.Broyden(history=history), rtol=1e-10, max_steps=400)
+    assert sol.converged.all()
+
+
+@pytest.mark.parametrize("solver", [deqkit.Anderson(), deqkit.Broyden()])
+def test_expanding_map(solver: deqkit.Solver) -> None:
+    """Plain iteration diverges (all eigenvalues are -1.5); the others must not need it to contract."""
+    b = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    sol = deqkit.solve(lambda x: -1.5 * x + b, torch.zeros(3, 10), solver=solver, rtol=1e-5)
+    torch.testing.assert_close(sol.value, b / 2.5, rtol=1e-4, atol=1e-5)
+    plain = deqkit.solve(lambda x: -1.5 * x + b, torch.zeros(3, 10), solver="fixed_point", on_failure="ignore")
+    assert (plain.status == deqkit.Status.DIVERGED).all()
+
+
+def live_numbers() -> int:
+    """How many numbers the tensors alive hold, storages counted once."""
+    storages = {}
+    for obj in gc.get_objects():
+        if type(obj) is Tensor:
+            storages[obj.untyped_storage().data_ptr()] = obj.untyped_storage().nbytes() // obj.element_size()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    "solver", [deqkit.FixedPointIteration(), deqkit.Anderson(history=4), deqkit.Broyden(history=4)]
+)
+def test_memory_does_not_grow_with_the_steps(solver: deqkit.Solver) -> None:
+    eq = linear(n=200, batch=2, radius=0.999)
+    sizes: list[int] = []
+    deqkit.solve(
+        eq.f, eq.x0, args=eq.args, solver=solver, rtol=0, atol=0, max_steps=60,
+        callback=lambda info: sizes.append(live_numbers()),
+    )  # fmt: skip
+    assert sizes[10] <= max(sizes[11:]) <= sizes[10] + 2 * eq.x0.numel()
+
+
+def test_history_is_allocated_as_used() -> None:
+    eq = linear(n=500, batch=2, radius=0.3)
+    sizes: list[int] = []
+    deqkit.solve(
+        eq.f, eq.x0, args=eq.args, solver=deqkit.Broyden(history=500), rtol=1e-3,
+        callback=lambda info: sizes.append(live_numbers()),
+    )  # fmt: skip
+    assert max(sizes) - sizes[0] < 60 * eq.x0.numel() + 4 * 2 * 500 * 500
