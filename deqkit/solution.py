@@ -53,9 +53,9 @@ class AdjointStats:
         return None if self.status is None else self.status == Status.CONVERGED
 
     def __str__(self) -> str:
-        return (
-            "AdjointStats: no adjoint solve yet" if self.status is None else summary("Adjoint", self, self.num_fn_evals)
-        )
+        if self.status is None:
+            return "AdjointStats: no adjoint solve yet"
+        return _summary("AdjointStats", self, self.solver, f"{self.num_fn_evals} vector-Jacobian products")
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Solution:
 
     def __str__(self) -> str:
         tolerance = f"rtol={self.rtol:g}" + (f", atol={self.atol:g}" if self.atol else "")
-        lines = [summary("Solution", self, self.num_fn_evals, f"{self.solver}, {tolerance}")]
+        lines = [_summary("Solution", self, f"{self.solver}, {tolerance}", f"f called {self.num_fn_evals} times")]
         failures = failure_counts(self.status)
         if failures:
             lines.append(f"  not converged: {failures}")
@@ -115,17 +115,17 @@ def failure_counts(status: Tensor) -> str:
     return ", ".join(f"{count} {code.name}" for count, code in counts if count)
 
 
-def summary(title: str, outcome: Any, num_fn_evals: int, setting: str = "") -> str:
+def _summary(title: str, outcome: Solution | AdjointStats, setting: str, cost: str) -> str:
     """Two lines on how a solve went."""
     status, relative, steps = outcome.status, outcome.relative_residual, outcome.num_steps
-    converged = int((status == Status.CONVERGED).sum())
-    head = f"{title}: {converged} of {status.numel()} samples converged" + (f" ({setting})" if setting else "")
+    assert status is not None and relative is not None and steps is not None
+    head = f"{title}: {int((status == Status.CONVERGED).sum())} of {status.numel()} samples converged ({setting})"
     if status.numel() == 0:
         return head
     low, high = int(steps.min()), int(steps.max())
     span = f"{low}" if low == high else f"{low}-{high}"
     return (
-        f"{head}\n  {span} steps, f called {num_fn_evals} times, "
+        f"{head}\n  {span} steps, {cost}, "
         f"relative residual median {relative.float().nanmedian():.1e}, worst {_worst(relative):.1e}"
     )
 
