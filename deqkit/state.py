@@ -26,6 +26,8 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 Blocks = tuple[Tensor, ...]
 
+_REAL_OF = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 
 @dataclass(frozen=True)
 class _Leaf:
@@ -37,6 +39,10 @@ class _Leaf:
     order: tuple[int, ...]  # dims in memory order, batch dims first
     inverse: tuple[int, ...]
     permuted_shape: tuple[int, ...]
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        return _REAL_OF.get(self.dtype, self.dtype)
 
     @property
     def is_plain(self) -> bool:
@@ -83,7 +89,7 @@ class StateLayout:
                     f"leaves lie on different devices: {first_name} on {self.device}, {name} on {leaf.device}"
                 )
         self.num_samples = math.prod(self.batch_shape)
-        reals = [leaf.dtype.to_real() for _, leaf in named]
+        reals = [_REAL_OF.get(leaf.dtype, leaf.dtype) for _, leaf in named]
         self.dtype = torch.float64 if torch.float64 in reals else torch.float32
         self.leaves = [self._leaf(name, leaf) for name, leaf in named]
         self.needs_rounding = any(torch.finfo(leaf.dtype).bits < 32 for leaf in self.leaves)
@@ -120,7 +126,7 @@ class StateLayout:
         )
 
     def _from_block(self, leaf: _Leaf, block: Tensor) -> Tensor:
-        x = block.to(leaf.dtype.to_real()).reshape(leaf.permuted_shape)
+        x = block.to(leaf.real_dtype).reshape(leaf.permuted_shape)
         if leaf.dtype.is_complex:
             x = torch.view_as_complex(x.contiguous())
         return x if leaf.is_plain else x.permute(leaf.inverse)
@@ -129,7 +135,7 @@ class StateLayout:
         """The nearest blocks that the leaves' own dtypes can represent."""
         if not self.needs_rounding:
             return blocks
-        return tuple(b.to(leaf.dtype.to_real()).to(self.dtype) for leaf, b in zip(self.leaves, blocks, strict=True))
+        return tuple(b.to(leaf.real_dtype).to(self.dtype) for leaf, b in zip(self.leaves, blocks, strict=True))
 
     def pack_output(self, out: Any) -> Blocks:
         """What f returned, checked against the state and packed.

@@ -298,3 +298,17 @@ def test_printing() -> None:
     text = str(sol)
     assert "1 of 2 samples converged" in text and "1 MAX_STEPS" in text and 2 <= len(text.splitlines()) <= 3
     assert "no adjoint solve yet" in str(sol.adjoint_stats)
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
+def test_fixed_steps_compile_as_one_graph(solver: str) -> None:
+    """No look at the data, so nothing breaks the graph. (The "eager" backend traces without generating code.)"""
+    a, b = tanh().args
+
+    def layer(b: torch.Tensor) -> torch.Tensor:
+        f = lambda x: tanh_layer(x, a, b)  # noqa: E731
+        return deqkit.solve(f, torch.zeros_like(b), solver=solver, rtol=0, atol=0, max_steps=4).value
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(b), layer(b))
