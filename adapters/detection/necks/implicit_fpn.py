@@ -77,6 +77,7 @@ class ImplicitFPN(nn.Module):
         norm: Norm over the levels of a sample. "leaf_max": the tolerance holds on every level; None: one l2
             norm.
         on_failure: "warn", "raise" or "ignore", for samples that are not solved to `rtol` in `max_steps`.
+        trace: Record the relative residual of every step in `last_solution.trace`.
 
     Attributes:
         inner_blocks: The laterals, laid out as in `FeaturePyramidNetwork`.
@@ -114,6 +115,7 @@ class ImplicitFPN(nn.Module):
         eval_max_steps: int | None = None,
         norm: Any = "leaf_max",
         on_failure: str = "warn",
+        trace: bool = False,
     ):
         super().__init__()
         _check_channels(in_channels_list, out_channels)
@@ -141,6 +143,7 @@ class ImplicitFPN(nn.Module):
         self.eval_max_steps = eval_max_steps
         self.norm = norm
         self.on_failure = on_failure
+        self.trace = trace
         self._check_settings()
         self._last_solution: deqkit.Solution | None = None
 
@@ -188,7 +191,7 @@ class ImplicitFPN(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the solve, as given to the constructor."""
-        names = ("solver", "adjoint", "rtol", "max_steps", "eval_max_steps", "norm", "on_failure")
+        names = ("solver", "adjoint", "rtol", "max_steps", "eval_max_steps", "norm", "on_failure", "trace")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, x: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

@@ -1,0 +1,28 @@
+"""Detection data: any set in the COCO-2017 layout, and a generator of synthetic ones."""
+
+from adapters.detection.data.coco import (
+    BoxReport,
+    CocoAnnotations,
+    CocoDetection,
+    DataError,
+    find_splits,
+    merge_categories,
+    read_annotations,
+    verify_images,
+)
+from adapters.detection.data.module import CocoDataModule
+from adapters.detection.data.synthetic import SyntheticSettings, generate_dataset
+
+__all__ = [
+    "BoxReport",
+    "CocoAnnotations",
+    "CocoDataModule",
+    "CocoDetection",
+    "DataError",
+    "SyntheticSettings",
+    "find_splits",
+    "generate_dataset",
+    "merge_categories",
+    "read_annotations",
+    "verify_images",
+]
