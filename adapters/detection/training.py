@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 import deqkit
 from adapters.detection import builders
@@ -27,6 +29,8 @@ from adapters.detection.necks import ImplicitFPN
 
 ARCHITECTURES = ("resnet18", "resnet50")
 NECKS = ("ifpn", "fpn")
+ANCHOR_SCALES, ANCHOR_RATIOS = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)), (0.5, 1.0, 2.0)  # RetinaNet's
+ANCHORS_PER_CELL = len(ANCHOR_SCALES) * len(ANCHOR_RATIOS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class DetectorConfig:
             32 pixels at a shorter side of 800 to ``image_size``.
         solver: solver of the i-FPN: a name, or None for the neck's own default.
         max_steps: step limit of the i-FPN; None for the neck's own default.
+        head_norm: group normalisation in the head's towers. Without it a head that starts from random weights hardly
+            learns in a short training.
     """
 
     num_classes: int
@@ -55,6 +61,7 @@ class DetectorConfig:
     anchor_size: float | None = None
     solver: str | None = None
     max_steps: int | None = None
+    head_norm: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (("neck", NECKS), ("arch", ARCHITECTURES)):
@@ -68,17 +75,18 @@ class DetectorConfig:
             weights_backbone: see `adapters.detection.retinanet_resnet50_ifpn`; None to train from scratch.
         """
         base = self.anchor_size or 32 * self.image_size / 800
-        sides = tuple(
-            tuple(base * 2**level * scale for scale in (1.0, 2 ** (1 / 3), 2 ** (2 / 3))) for level in range(5)
-        )
+        sides = tuple(tuple(base * 2**level * scale for scale in ANCHOR_SCALES) for level in range(5))
         kwargs: dict[str, Any] = {
             "num_classes": self.num_classes,
             "weights_backbone": weights_backbone,
             "neck_channels": self.neck_channels,
             "min_size": self.image_size,
             "max_size": self.max_size or round(self.image_size * 1333 / 800),
-            "anchor_generator": AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5),  # pyright: ignore[reportArgumentType]
+            "anchor_generator": AnchorGenerator(sides, (ANCHOR_RATIOS,) * 5),  # pyright: ignore[reportArgumentType]
         }
+        if self.head_norm:
+            norm = partial(nn.GroupNorm, self.neck_channels // 8 if self.neck_channels % 8 == 0 else 1)
+            kwargs["head"] = RetinaNetHead(self.neck_channels, ANCHORS_PER_CELL, self.num_classes, norm_layer=norm)
         if self.neck == "ifpn":
             # What does not converge is counted in the logs: a warning at every step would bury everything else.
             given = {"solver": self.solver, "max_steps": self.max_steps, "on_failure": "ignore"}

@@ -1,14 +1,16 @@
 """A detection data set drawn by a program: shapes on textured backgrounds, written in the COCO-2017 layout.
 
-It lets every example and test run without a download, and is hard enough that a detector has to learn something:
-six classes (some told apart only by their holes or corners), occlusion, low contrast, and objects of the three sizes
-for which COCO reports an AP of its own (area below 32^2, up to 96^2 and above, in pixels).
+It lets every example and test run without a download: six classes, occlusion, and objects of the three sizes for which
+COCO reports an AP of its own (area below 32^2, up to 96^2 and above, in pixels). A detector that starts from random
+weights has to learn it within minutes on a CPU, so a shape's hue is a strong hint at its class: every class has a band of
+hues of its own, and the background is pale.
 
 Boxes are tight around the *visible* pixels and ``area`` is the number of visible pixels, as in COCO's own masks.
 """
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import shutil
@@ -23,10 +25,11 @@ CLASS_NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
 
 # Side of the square whose area an object has, in pixels. The limits stay clear of COCO's 32 and 96, so that a little
 # occlusion does not move every object into the next class.
-SIZE_RANGES = {"small": (13.0, 30.0), "medium": (36.0, 80.0), "large": (100.0, 125.0)}
-SIZE_WEIGHTS = {"small": 0.4, "medium": 0.42, "large": 0.18}
+SIZE_RANGES = {"small": (16.0, 30.0), "medium": (36.0, 80.0), "large": (99.0, 125.0)}
+SIZE_WEIGHTS = {"small": 0.35, "medium": 0.45, "large": 0.2}
 MIN_VISIBLE = 0.6  # an object may lose up to 40% of its pixels to objects drawn over it
 SUPERSAMPLE = 3
+HUE_SPREAD = 0.35  # half the width of a class's band of hues, in distances between two classes
 MANIFEST = "synthetic.json"
 
 
@@ -44,8 +47,8 @@ class SyntheticSettings:
 
     train_images: int = 800
     val_images: int = 120
-    image_size: int = 192
-    max_objects: int = 6
+    image_size: int = 160
+    max_objects: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ def draw_scene(
             solid = mask > 0.5
             left = np.bincount(owner[(owner >= 0) & ~solid], minlength=len(labels))
             if solid.sum() >= 25 and np.all(left >= MIN_VISIBLE * placed):
-                _paint(rng, image, mask)
+                _paint(rng, image, mask, label)
                 owner[solid] = len(labels)
                 labels.append(label)
                 placed = np.append(placed, solid.sum())
@@ -171,10 +174,10 @@ def draw_scene(
 
 def _target_side(rng: np.random.Generator, size: int) -> float:
     """Draws the square root of an object's area; size classes that do not fit the image are left out."""
-    names = [name for name, (low, _) in SIZE_RANGES.items() if low <= 0.66 * size]
+    names = [name for name, (low, _) in SIZE_RANGES.items() if low <= 0.68 * size]
     weights = np.array([SIZE_WEIGHTS[name] for name in names])
     low, high = SIZE_RANGES[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
-    return float(rng.uniform(low, min(high, 0.66 * size)))
+    return float(rng.uniform(low, min(high, 0.68 * size)))
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -190,15 +193,13 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     return image + rng.uniform(0.0, 0.08) * stripes[..., None]
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None:
-    """Blends a shape of one shaded colour into ``image``; the colour differs from what lies below by at least 0.25."""
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, label: int) -> None:
+    """Blends a shape of one shaded colour, with a hue of its class, into ``image``."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     patch, cover = image[window], mask[window]
-    below = patch[cover > 0.5].mean(axis=0)
-    colour = rng.random(3)
-    while np.abs(colour - below).max() < 0.25:
-        colour = rng.random(3)
+    hue = (label + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) / len(CLASS_NAMES)
+    colour = np.array(colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.55, 1.0), rng.uniform(0.45, 1.0)))
     slope_y, slope_x = rng.uniform(-0.25, 0.25, 2)
     shade = slope_y * np.linspace(-0.5, 0.5, len(patch))[:, None] + slope_x * np.linspace(-0.5, 0.5, patch.shape[1])
     patch += cover[..., None] * (colour + shade[..., None] - patch)
