@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from deqkit import loop
 from deqkit.adjoints import Adjoint, Problem, make_adjoint
@@ -14,8 +16,9 @@ from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
 from deqkit.solution import AdjointStats, Solution, report_failure
 from deqkit.solvers import Solver, make_solver
-from deqkit.state import Evaluator, StateLayout
-from deqkit.termination import Termination
+from deqkit.solvers.base import as_int
+from deqkit.state import Evaluator, StateLayout, without_autocast
+from deqkit.termination import Termination, patience_for
 
 _POLICIES = ("warn", "raise", "ignore")
 
@@ -41,7 +44,8 @@ def solve(
     Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the
     best point that was visited, by the measure of the stopping test; its residual is the true one.
 
-    With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps and never synchronises with the device.
+    With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never
+    synchronises with the device. (Otherwise it looks once, at the end, for samples that are not finite.)
 
     Args:
         f: called as ``f(x, *args)``; returns the structure, shapes, dtypes and device of x. It must be deterministic
@@ -70,34 +74,40 @@ def solve(
             setting has the wrong type.
         ValueError: shapes or structure differ, or a setting is unknown or out of range.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
-        RuntimeError: f changed its input in place.
+        RuntimeError: f or the callback changed x in place.
+        NotImplementedError: forward-mode automatic differentiation with an adjoint other than "unrolled".
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
-    _check_settings(args, max_steps, batch_dims, on_failure, callback)
-    solver, adjoint, termination = make_solver(solver), make_adjoint(adjoint), Termination(rtol, atol)
+    max_steps, batch_dims = _as_count("max_steps", max_steps), _as_count("batch_dims", batch_dims)
+    _check_settings(args, on_failure, trace, callback)
+    solver, adjoint = make_solver(solver), make_adjoint(adjoint)
+    termination = Termination(rtol, atol, patience=patience_for(max_steps))
+    _check_forward_mode(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
     evaluator = adjoint.prepare(Evaluator(f, layout, args))
-    settings = {"solver": solver.name, "rtol": rtol, "atol": atol}
+    tolerances = {"rtol": termination.rtol, "atol": termination.atol}
+    settings = {"solver": solver.name, **tolerances}
     if layout.num_samples == 0:
         return _empty_solution(layout, x0, trace, settings)
 
-    stats = AdjointStats()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
-        result = loop.run(
-            evaluator,
-            layout.pack(x0),
-            solver,
-            termination,
-            max_steps=max_steps,
-            norm=state_norm,
-            trace=trace,
-            callback=callback,
-        )
-    x = result.x
-    if torch.is_grad_enabled():
-        x = adjoint.attach(Problem(evaluator, state_norm, rtol, atol, max_steps, on_failure, stats), x)
+    problem = Problem(
+        evaluator, state_norm, termination.rtol, termination.atol, max_steps, on_failure, stats=AdjointStats()
+    )
+    with without_autocast(layout.device):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
+            result = loop.run(
+                evaluator,
+                layout.pack(x0),
+                solver,
+                termination,
+                max_steps=max_steps,
+                norm=state_norm,
+                trace=trace,
+                callback=callback,
+            )
+        x = adjoint.attach(problem, result.x) if torch.is_grad_enabled() else result.x
     solution = Solution(
         value=layout.unpack(x),
         status=layout.per_sample(result.status),
@@ -106,35 +116,54 @@ def solve(
         num_steps=layout.per_sample(result.num_steps),
         num_fn_evals=evaluator.num_calls,
         trace=None if result.trace is None else layout.per_sample(result.trace),
-        adjoint_stats=stats,
+        adjoint_stats=problem.stats,
         **settings,
     )
-    if not termination.fixed_steps:
-        report_failure(on_failure, "solve", solution, rtol=rtol, resolution=layout.resolution, stacklevel=2)
+    report_failure(on_failure, "solve", solution, resolution=layout.resolution, stacklevel=2, **tolerances)
     return solution
 
 
-def _check_settings(args: Any, max_steps: Any, batch_dims: Any, on_failure: Any, callback: Any) -> None:
+def _as_count(name: str, value: Any) -> int:
+    value = as_int(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def _check_settings(args: Any, on_failure: Any, trace: Any, callback: Any) -> None:
     if not isinstance(args, tuple):
         raise TypeError(
             f"args must be a tuple of further arguments of f, got {type(args).__name__}; for one: args=(b,)"
         )
-    for name, value in (("max_steps", max_steps), ("batch_dims", batch_dims)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
     if on_failure not in _POLICIES:
         raise ValueError(f"unknown on_failure {on_failure!r}: choose one of {list(_POLICIES)}")
+    if not isinstance(trace, bool):
+        raise TypeError(f"trace must be True or False, got {trace!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+
+def _check_forward_mode(adjoint: Adjoint) -> None:
+    """Refuse to drop tangents without a word: only the steps themselves carry them.
+
+    Raises:
+        NotImplementedError: inside a dual level, or `torch.func.jvp`.
+    """
+    if forward_ad._current_level >= 0 and not adjoint.unrolls:
+        raise NotImplementedError(
+            f"forward-mode automatic differentiation does not go through adjoint={adjoint.name!r}: "
+            f"use adjoint='unrolled' inside forward_ad.dual_level() and torch.func.jvp"
+        )
 
 
 def _empty_solution(layout: StateLayout, x0: Any, trace: bool, settings: dict[str, Any]) -> Solution:
     """The answer for a batch without samples: f is not called."""
     nothing = layout.per_sample(torch.empty(0, dtype=layout.dtype, device=layout.device))
     codes = nothing.to(torch.int64)
+    value = layout.unpack(tuple(b.clone() for b in layout.pack(x0)))
+    if torch.is_grad_enabled():  # so that a training loop may call backward(), to no effect
+        value = tree_map(lambda t: t if t.requires_grad else t.requires_grad_(), value)
     return Solution(
-        layout.unpack(tuple(b.clone() for b in layout.pack(x0))), codes, nothing, nothing.clone(), codes.clone(), 0,
+        value, codes, nothing, nothing.clone(), codes.clone(), 0,
         trace=nothing.unsqueeze(0)[:0] if trace else None, **settings,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from deqkit import linalg
 from deqkit.norms import StateNorm
 from deqkit.solution import Status
 from deqkit.solvers.base import Point, Solver
-from deqkit.state import Blocks, Evaluator
+from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Patience, Termination
 
 
@@ -89,13 +89,13 @@ def run(
             fx = f(x)
             r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
         with torch.no_grad():
-            residual, scale = norm(r, fx)
+            residual, scale, distance = termination.measure(*norm(r, fx))
             if book is None:
                 book = _Book(x, residual, scale, termination, trace)
-            distance = book.record(step, x, residual, scale)
+            book.record(step, residual, scale, distance)
             if callback is not None:
-                callback(_step_info(f, step, x, book))
-        all_active, none_active = book.look(step, solver.check_every)
+                _tell(callback, f, step, x, book)
+        all_active, none_active = book.look(step, x, solver.check_every)
         if none_active or step == max_steps:
             break
         new = f.layout.round(state.step(Point(x, fx, r, residual, distance)))
@@ -119,66 +119,77 @@ class _Book:
         self.best_distance = torch.full_like(residual, torch.inf)
         self.best_residual, self.best_scale = residual, scale
         self.trace: list[Tensor] | None = [] if trace else None
-        self.num_active = x[0].shape[0]  # as of the last look
         self.residual, self.scale = residual, scale
 
-    def record(self, step: int, x: Blocks, residual: Tensor, scale: Tensor) -> Tensor:
-        """Enter one evaluation; returns the distance of each sample from its tolerance."""
+    def record(self, step: int, residual: Tensor, scale: Tensor, distance: Tensor) -> None:
+        """Enter one evaluation; ``distance`` is that of `Termination.measure`."""
         self.was_active, self.residual, self.scale = self.active, residual, scale
-        distance = self.termination.distance(residual, scale)
         self.better = self.active & (distance < self.best_distance)
         self.best_distance = torch.where(self.better, distance, self.best_distance)
         self.best_residual = torch.where(self.better, residual, self.best_residual)
         self.best_scale = torch.where(self.better, scale, self.best_scale)
-        self._best_candidate = x
         self.num_steps = torch.where(self.active, step, self.num_steps)
         if self.trace is not None:
             self.trace.append(torch.where(self.active, _relative(residual, scale), torch.nan))
         self._end(distance)
-        return distance
 
     def _end(self, distance: Tensor) -> None:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
         reasons = [
             (Status.CONVERGED, distance <= self.termination.target),
-            (Status.NONFINITE, ~torch.isfinite(self.residual)),
+            (Status.NONFINITE, torch.isnan(distance)),
         ]
         if not self.termination.fixed_steps:
-            reasons.insert(0, (Status.STAGNATED, self.patience.stagnated(distance)))
-            reasons.insert(1, (Status.DIVERGED, self.patience.diverged(self.residual)))
+            stagnated = self.patience.stagnated(distance)
+            reasons.insert(0, (Status.STAGNATED, stagnated))
+            reasons.insert(1, (Status.DIVERGED, self.patience.diverged(self.residual, stagnated)))
         for status, ended in reasons:
             self.status = torch.where(self.was_active & ended, status, self.status)
             self.active = self.active & ~ended
 
-    def look(self, step: int, check_every: int) -> tuple[bool, bool]:
-        """Settle the best point, and ask the device how many samples go on (one synchronisation).
+    def look(self, step: int, x: Blocks, check_every: int) -> tuple[bool, bool]:
+        """Settle the best point now that ``x`` is recorded, and ask the device how many go on (one synchronisation).
 
         Returns:
             Whether all samples go on, and whether none does; (False, False) where nobody looked.
         """
-        candidate = self._best_candidate
         if self.termination.fixed_steps or step % check_every:
-            self.best_x = linalg.where(self.better, candidate, self.best_x)
+            self.best_x = linalg.where(self.better, x, self.best_x)
             return False, False
         total = self.active.numel()
         going_on, better = torch.stack([self.active.sum(), self.better.sum()]).tolist()
-        self.best_x = candidate if better == total else linalg.where(self.better, candidate, self.best_x)
+        self.best_x = x if better == total else linalg.where(self.better, x, self.best_x)
         return going_on == total, going_on == 0
 
     def result(self) -> LoopResult:
-        """What the loop returns."""
-        trace = None if self.trace is None else torch.stack(self.trace)
-        relative = _relative(self.best_residual, self.best_scale)
-        return LoopResult(self.best_x, self.status, self.best_residual, relative, self.num_steps, trace)
+        """What the loop returns, measured sizes in the working dtype."""
+        dtype = self.best_x[0].dtype
+        relative = _relative(self.best_residual, self.best_scale).to(dtype)
+        trace = None if self.trace is None else torch.stack(self.trace).to(dtype)
+        # A lazy look lets the loop run on after all samples have ended: nothing was measured there.
+        if trace is not None and not (self.termination.fixed_steps or torch.compiler.is_compiling()):
+            trace = trace[: int(self.num_steps.max()) + 1]
+        return LoopResult(self.best_x, self.status, self.best_residual.to(dtype), relative, self.num_steps, trace)
 
 
 def _relative(residual: Tensor, scale: Tensor) -> Tensor:
     return torch.where(residual == 0, 0.0, residual / scale)
 
 
-def _step_info(f: Evaluator, step: int, x: Blocks, book: _Book) -> StepInfo:
-    per_sample = f.layout.per_sample
+def _tell(callback: Callable[[StepInfo], None], f: Evaluator, step: int, x: Blocks, book: _Book) -> None:
+    per_sample, dtype = f.layout.per_sample, f.layout.dtype
     relative = _relative(book.residual, book.scale)
-    return StepInfo(
-        step, f.layout.unpack(x), per_sample(book.residual), per_sample(relative), per_sample(book.was_active)
+    versions = versions_of(x)
+    callback(
+        StepInfo(
+            step,
+            f.layout.unpack(x),
+            per_sample(book.residual.to(dtype)),
+            per_sample(relative.to(dtype)),
+            per_sample(book.was_active),
+        )
     )
+    if versions != versions_of(x):
+        raise RuntimeError(
+            "callback changed info.value in place; it must leave it as it is, and change a clone instead"
+        )

@@ -5,9 +5,10 @@ Shapes: "batch" is the batch shape of x0, () for ``batch_dims=0``.
 
 from __future__ import annotations
 
+import copy
 import enum
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Status(enum.IntEnum):
     NONFINITE = 4  #: f or the step produced NaN or infinity
 
 
-@dataclass
+@dataclass(eq=False)
 class AdjointStats:
     """How the adjoint solve of the last backward pass went. Empty (None) until then, and for adjoints without a solve.
 
@@ -58,9 +59,12 @@ class AdjointStats:
         return _summary("AdjointStats", self, self.solver, f"{self.num_fn_evals} vector-Jacobian products")
 
 
-@dataclass
+@dataclass(eq=False)
 class Solution:
     """The result of `deqkit.solve`.
+
+    The graph of `value` holds f. A solution that is kept on an object that f refers to therefore keeps both alive for
+    ever, out of the garbage collector's sight: keep `detach()` of it. A deep copy is detached, too.
 
     Attributes:
         value: the best point visited, of x0's structure, shapes, dtypes and device; differentiable.
@@ -98,6 +102,13 @@ class Solution:
         """The same solution with a value that holds no autograd graph; `adjoint_stats` stays shared."""
         return replace(self, value=tree_map(torch.Tensor.detach, self.value))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+        copied = copy.copy(self.detach())  # tensors with a graph refuse to be copied
+        memo[id(self)] = copied
+        for item in fields(self):
+            setattr(copied, item.name, copy.deepcopy(getattr(copied, item.name), memo))
+        return copied
+
     def __str__(self) -> str:
         tolerance = f"rtol={self.rtol:g}" + (f", atol={self.atol:g}" if self.atol else "")
         lines = [_summary("Solution", self, f"{self.solver}, {tolerance}", f"f called {self.num_fn_evals} times")]
@@ -131,7 +142,7 @@ def _summary(title: str, outcome: Solution | AdjointStats, setting: str, cost: s
 
 
 def _worst(relative: Tensor) -> float:
-    return float(relative.nan_to_num(nan=torch.inf).max())
+    return float(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 _ADVICE = {
@@ -140,42 +151,61 @@ _ADVICE = {
     "(dropout and BatchNorm in train mode have no fixed point)",
     Status.DIVERGED: "f expands here: try solver='anderson' or 'broyden', damping, or smaller weights (a norm cap, "
     "a Jacobian penalty)",
-    Status.NONFINITE: "f returned NaN or infinity: check its input and its scale, and the samples marked NONFINITE",
+    Status.NONFINITE: "f returned NaN or infinity: check its input and its scale, and the samples marked NONFINITE; "
+    "where the solver overshot, try damping or solver='fixed_point'",
 }
 
 
-def failure_message(what: str, outcome: Any, *, rtol: float, resolution: float) -> str:
+def failure_message(what: str, outcome: Any, failed: Tensor, *, rtol: float, atol: float, resolution: float) -> str:
     """What happened, the likely cause, what to change.
 
     Args:
         what: "solve" or "adjoint solve".
-        outcome: has status, relative_residual and num_steps.
-        rtol: the tolerance that was asked for.
+        outcome: has status, residual, relative_residual and num_steps.
+        failed: which samples fell short, bool, batch.
+        rtol: the relative tolerance that was asked for.
+        atol: the absolute tolerance that was asked for.
         resolution: relative spacing of the state's dtype.
     """
-    status, relative = outcome.status, outcome.relative_residual
-    failed = status != Status.CONVERGED
+    status = outcome.status
+    worst = f"worst relative residual {_worst(outcome.relative_residual[failed]):.2e}"
+    asked = f"asked for {rtol:.2e}" if rtol else "in a fixed number of steps"
+    if atol:
+        absolute = f"residual {_worst(outcome.residual[failed]):.2e}"
+        worst = f"{worst}, {absolute}" if rtol else f"worst {absolute}"
+        asked = f"asked for rtol={rtol:.2e} or atol={atol:.2e}" if rtol else f"asked for atol={atol:.2e}"
     lines = [
-        f"{what}: {int(failed.sum())} of {status.numel()} samples did not converge ({failure_counts(status)}); "
-        f"worst relative residual {_worst(relative[failed]):.2e}, asked for {rtol:.2e}, "
-        f"after {int(outcome.num_steps[failed].max())} steps."
+        f"{what}: {int(failed.sum())} of {status.numel()} samples did not converge ({failure_counts(status[failed])}); "
+        f"{worst}, {asked}, after {int(outcome.num_steps[failed].max())} steps."
     ]
     if 0 < rtol < 4 * resolution:
         lines.append(f"rtol={rtol:g} is below what the state's dtype can resolve ({resolution:.1e}).")
-    seen = [code for code in Status if code != Status.CONVERGED and bool((status == code).any())]
+    seen = [code for code in Status if bool((status[failed] == code).any())]
     lines += [f"{code.name}: {_ADVICE[code]}." for code in seen]
     return " ".join(lines)
 
 
-def report_failure(policy: str, what: str, outcome: Any, *, rtol: float, resolution: float, stacklevel: int) -> None:
+def report_failure(
+    policy: str, what: str, outcome: Any, *, rtol: float, atol: float, resolution: float, stacklevel: int
+) -> None:
     """Warn, raise or keep silent about samples that did not converge, as ``policy`` says.
+
+    A solve of a fixed number of steps (rtol = atol = 0) has nothing to reach: only NONFINITE is a failure there.
 
     Raises:
         ConvergenceError: under "raise".
     """
-    if policy == "ignore" or torch.compiler.is_compiling() or bool((outcome.status == Status.CONVERGED).all()):
+    if policy == "ignore" or torch.compiler.is_compiling() or _is_capturing(outcome.status.device):
         return
-    message = failure_message(what, outcome, rtol=rtol, resolution=resolution)
+    failed = outcome.status != Status.CONVERGED if rtol or atol else outcome.status == Status.NONFINITE
+    if not bool(failed.any()):
+        return
+    message = failure_message(what, outcome, failed, rtol=rtol, atol=atol, resolution=resolution)
     if policy == "raise":
         raise ConvergenceError(message, outcome)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nobody may look at values."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

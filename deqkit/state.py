@@ -5,8 +5,9 @@ The solvers see it as ``Blocks``: one real matrix (B, d) per leaf, all of one wo
 for structure, complex numbers or half precision:
 
 * a complex leaf is viewed as pairs of reals, the convention in which PyTorch differentiates;
-* a float16 or bfloat16 leaf is worked on in float32, while every point handed to f is representable in the leaf's own
-  dtype (see `StateLayout.round`), so that a residual belongs to exactly the point that the caller gets;
+* a leaf of a lower precision than the working dtype (float16 or bfloat16, or float32 beside float64) is worked on in
+  that, while every point handed to f is representable in the leaf's own dtype (see `StateLayout.round`), so that a
+  residual belongs to exactly the point that the caller gets;
 * the dimensions of a sample are laid out in the leaf's own memory order, so that a channels_last tensor reaches f as a
   channels_last view and not as a copy.
 
@@ -15,6 +16,8 @@ Legend: B number of samples (product of the batch dims), d numbers in one sample
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 Blocks = tuple[Tensor, ...]
 
@@ -92,7 +95,7 @@ class StateLayout:
         reals = [_REAL_OF.get(leaf.dtype, leaf.dtype) for _, leaf in named]
         self.dtype = torch.float64 if torch.float64 in reals else torch.float32
         self.leaves = [self._leaf(name, leaf) for name, leaf in named]
-        self.needs_rounding = any(torch.finfo(leaf.dtype).bits < 32 for leaf in self.leaves)
+        self.needs_rounding = any(leaf.real_dtype != self.dtype for leaf in self.leaves)
 
     def _leaf(self, name: str, x: Tensor) -> _Leaf:
         order = _memory_order(x, self.batch_dims)
@@ -148,12 +151,22 @@ class StateLayout:
         """
         leaves, spec = tree_flatten(out)
         if spec != self.treespec:
-            raise ValueError(
-                f"f must return the structure of x0: expected {_describe(self.treespec)}, got {_describe(spec)}"
-            )
+            leaves = self._match(out, spec)
         for leaf, x in zip(self.leaves, leaves, strict=True):
             self._check_output_leaf(leaf, x)
         return self._pack(leaves)
+
+    def _match(self, out: Any, spec: TreeSpec) -> list[Any]:
+        """The leaves of ``out``, whose dicts may have their keys in another order than the state's."""
+        try:
+            leaves = self.treespec.flatten_up_to(out)
+            if len(tree_leaves(leaves)) == len(leaves) == spec.num_leaves:
+                return leaves
+        except ValueError:
+            pass
+        raise ValueError(
+            f"f must return the structure of x0: expected {_describe(self.treespec)}, got {_describe(spec)}"
+        )
 
     def _check_output_leaf(self, leaf: _Leaf, x: Any) -> None:
         name = leaf.name.replace("x0", "f(x)", 1)
@@ -168,7 +181,7 @@ class StateLayout:
                 f"f must keep the device of the state: {name} is on {x.device}, {leaf.name} on {self.device}"
             )
         if x.dtype != leaf.dtype and not (
-            torch.is_autocast_enabled(self.device.type) and x.is_floating_point() and leaf.dtype.is_floating_point
+            autocast_enabled(self.device) and x.is_floating_point() and leaf.dtype.is_floating_point
         ):
             raise TypeError(
                 f"f must keep the dtype of the state: {name} is {x.dtype}, {leaf.name} {leaf.dtype}. "
@@ -180,18 +193,47 @@ class StateLayout:
         return values.reshape(values.shape[:-1] + self.batch_shape)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether operations on ``device`` are autocast now."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context for arithmetic that must keep its precision whatever the caller's autocast says."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
+
+
 class Evaluator:
     """f as a map from blocks to blocks that counts its calls.
+
+    f alone sees the autocast state in which the evaluator was made, whenever and wherever it is called.
 
     Args:
         f: the function, called as ``f(x, *args)``.
         layout: the layout of its first argument and of its result.
         args: what else f gets.
+        shares_casts: whether evaluations with gradient may use the casts of parameters that autocast has cached. Those
+            have a graph of their own, older than the evaluation.
     """
 
-    def __init__(self, f: Callable[..., Any], layout: StateLayout, args: tuple[Any, ...] = ()) -> None:
-        self.f, self.layout, self.args = f, layout, args
+    def __init__(
+        self, f: Callable[..., Any], layout: StateLayout, args: tuple[Any, ...] = (), *, shares_casts: bool = False
+    ) -> None:
+        self.f, self.layout, self.args, self.shares_casts = f, layout, args, shares_casts
         self.num_calls = 0
+        self.autocast_dtype = torch.get_autocast_dtype(layout.device.type) if autocast_enabled(layout.device) else None
+
+    def with_args(self, args: tuple[Any, ...]) -> Evaluator:
+        """The same map with other further arguments, and a count of its own."""
+        other = copy.copy(self)
+        other.args, other.num_calls = args, 0
+        return other
+
+    @property
+    def resolution(self) -> float:
+        """Relative precision of a value of f: that of the coarsest dtype that it goes through."""
+        resolution = self.layout.resolution
+        return resolution if self.autocast_dtype is None else max(resolution, torch.finfo(self.autocast_dtype).eps)
 
     def __call__(self, x: Blocks) -> Blocks:
         """f(x, *args).
@@ -199,16 +241,27 @@ class Evaluator:
         Raises:
             RuntimeError: f changed its first argument in place.
         """
-        versions = [b._version for b in x] if _versions_are_tracked(x) else None
+        versions = versions_of(x)
         self.num_calls += 1
-        fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
-        if versions is not None and versions != [b._version for b in x]:
+        with self._autocast():
+            fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
+        if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
         return fx
 
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        device = self.layout.device
+        if self.autocast_dtype is None:
+            return without_autocast(device)
+        cache = torch.is_autocast_cache_enabled() and (self.shares_casts or not torch.is_grad_enabled())
+        return torch.autocast(device.type, dtype=self.autocast_dtype, cache_enabled=cache)
 
-def _versions_are_tracked(blocks: Blocks) -> bool:
-    return not torch.compiler.is_compiling() and not any(b.is_inference() for b in blocks)
+
+def versions_of(blocks: Blocks) -> list[int]:
+    """How often each block has been changed in place; empty where that is not tracked."""
+    if torch.compiler.is_compiling() or any(b.is_inference() for b in blocks):
+        return []
+    return [b._version for b in blocks]
 
 
 def _check_initial_leaf(name: str, leaf: Any, batch_dims: int) -> None:

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from adapters.detection.data import CocoDataModule, DataError, SyntheticSettings, generate_dataset
+from adapters.detection.data.synthetic import MANIFEST
 from adapters.detection.evaluation import CocoEvaluation, format_metric
 from adapters.detection.training import (
     NECKS,
@@ -38,7 +40,10 @@ from adapters.detection.visualize import draw_detections, draw_feature_maps, dra
 
 TITLES = {"ifpn": "i-FPN", "fpn": "FPN"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-SUMMARY = "summary.json"
+SUMMARY, TABLE, SETTINGS = "summary.json", "summary.csv", "settings.json"
+PICTURES = ("detections.png", "feature_maps.png", "residual_trace.png")
+RUN = {SUMMARY, TABLE, SETTINGS, "data", "data.partial", *PICTURES, *NECKS}  # what a run leaves in --out
+FREE_TO_CHANGE = {"neck", "num_workers", "device", "out", "resume", "overwrite"}  # on --resume
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,8 +83,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_workers", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if not args.lr > 0:
-        parser.error(f"--lr must be positive, got {args.lr}")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be a positive number, got {args.lr}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
     args.image_size = args.image_size or (256 if args.data else 192)
@@ -87,21 +92,61 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def refuse_or_clear(args: argparse.Namespace) -> None:
-    """An earlier run is neither mixed with a new one nor lost by accident."""
-    if not args.out.exists() or (args.out.is_dir() and not any(args.out.iterdir())):
-        if args.resume:
-            raise DataError(f"--resume: there is no run in {args.out}")
-        return
-    if not args.out.is_dir():
-        raise DataError(f"--out {args.out} is a file")
-    known = {SUMMARY, "data", *NECKS}
-    if not any((args.out / name).exists() for name in known):
-        raise DataError(f"--out {args.out} holds other files: choose another folder")
-    if not args.resume and not args.overwrite:
-        raise DataError(
-            f"{args.out} already holds a run: --resume continues it, --overwrite deletes it, --out goes elsewhere"
-        )
+def check_out(args: argparse.Namespace) -> None:
+    """An earlier run is neither mixed with a new one nor lost by accident, nor is anything else that lies in --out."""
+    out = args.out
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file")
+    if args.data is not None and args.data.resolve().is_relative_to(out.resolve()):
+        raise DataError(f"--out {out} contains --data {args.data}: choose another folder for the results")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    foreign = sorted(found - RUN)
+    if "data" in found and not (out / "data" / MANIFEST).exists():
+        foreign.append("data")
+    if foreign:
+        raise DataError(f"--out {out} holds other files ({foreign[0]}): choose another folder")
+    if args.resume and not found:
+        raise DataError(f"--resume: there is no run in {out}")
+    if found and not args.resume and not args.overwrite:
+        raise DataError(f"{out} already holds a run: --resume continues it, --overwrite deletes it, --out goes elsewhere")
+    if args.resume and (out / SETTINGS).exists():
+        before, now = json.loads((out / SETTINGS).read_text()), settings_of(args)
+        for name in now:
+            if before.get(name) != now[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise DataError(f"--resume: the run in {out} was started with {option} {before.get(name)}")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run must keep when it is resumed."""
+    values = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    return values | {"data": None if args.data is None else str(args.data.resolve())}
+
+
+def check_model(args: argparse.Namespace, necks: list[str]) -> None:
+    """Builds the models once, so that unusable options are refused before anything is written."""
+    try:
+        for neck in necks:
+            detector(args, num_classes=2, neck=neck).build(args.weights_backbone)
+    except (ValueError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the model cannot be built: {reason}") from None
+
+
+def detector(args: argparse.Namespace, num_classes: int, neck: str) -> DetectorConfig:
+    return DetectorConfig(
+        num_classes, neck, args.arch, args.neck_channels, args.image_size, solver=args.solver, max_steps=args.max_steps
+    )
+
+
+def clear_out(args: argparse.Namespace) -> None:
+    """Deletes the earlier run, and nothing that is not one's."""
+    for name in RUN:
+        path = args.out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def prepare_data(args: argparse.Namespace) -> CocoDataModule:
@@ -116,16 +161,16 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
             image_size=args.image_size, seed=args.seed, **{k: v for k, v in counts.items() if v is not None}
         )
         root, limits = args.out / "data", {}
-        if args.overwrite and args.out.exists():
-            shutil.rmtree(args.out)
+        if args.overwrite:
+            clear_out(args)
         try:
             generate_dataset(root, settings)
         except FileExistsError as error:
             raise DataError(f"{error}: --resume needs the options of the first run") from None
     data = CocoDataModule(root, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed, **limits)
     data.setup()
-    if args.overwrite and args.data is not None and args.out.exists():
-        shutil.rmtree(args.out)
+    if args.overwrite and args.data is not None:
+        clear_out(args)
     if data.single_split:
         print(f"only the split {data.single_split} is there: it serves for training and for validation")
     for name, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
@@ -135,10 +180,7 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
 
 def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> DetectionModule:
     L.seed_everything(args.seed, verbose=False)
-    detector = DetectorConfig(
-        data.train_dataset.num_classes, neck, args.arch, args.neck_channels, args.image_size,
-        solver=args.solver, max_steps=args.max_steps,
-    )  # fmt: skip
+    config = detector(args, data.train_dataset.num_classes, neck)
     per_epoch = max(1, len(data.train_dataset) // args.batch_size)
     total = args.epochs * per_epoch
     schedule = Schedule(total, lr=args.lr, warmup_steps=min(100, max(1, total // 10)), seed=args.seed)
@@ -146,7 +188,7 @@ def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> De
         "root": str(data.root), "categories": dict(data.train_dataset.categories), "batch_size": args.batch_size,
         "limit_val_images": data.limit_val_images,
     }  # fmt: skip
-    return DetectionModule(asdict(detector), asdict(schedule), remembered, args.weights_backbone)
+    return DetectionModule(asdict(config), asdict(schedule), remembered, args.weights_backbone)
 
 
 def validation_interval(epochs: int) -> int:
@@ -182,9 +224,13 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
         ],
     )  # fmt: skip
     resumed = checkpoints / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=resumed if args.resume and resumed.exists() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        start = resumed if args.resume and resumed.exists() else None
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    except SystemExit:  # Lightning's way to end on Ctrl-C, once it has closed loggers and workers
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     if not evaluation.metrics:  # resumed after the last epoch
         trainer.validate(module, datamodule=data, verbose=False)
     row: dict[str, Any] = {"neck": neck} | {name: evaluation.metrics[name] for name in METRICS}
@@ -220,7 +266,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
     for row in rows:
         if row["skipped_steps"]:
-            print(f"{TITLES[row['neck']]}: {row['skipped_steps']} steps were skipped because the loss was not finite")
+            print(f"{TITLES[row['neck']]}: {row['skipped_steps']} steps were skipped because the loss or the gradient was not finite")
 
 
 def draw_pictures(args: argparse.Namespace, data: CocoDataModule, necks: list[str]) -> list[Path]:
@@ -261,15 +307,21 @@ def main(argv: list[str] | None = None) -> int:
     quiet_lightning()
     necks = list(NECKS) if args.neck == "both" else [args.neck]
     try:
-        refuse_or_clear(args)
+        check_out(args)
+        check_model(args, necks)
         data = prepare_data(args)
-    except DataError as error:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / SETTINGS, settings_of(args))
+        rows = [train(args, data, neck) for neck in necks]
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [train(args, data, neck) for neck in necks]
+    except KeyboardInterrupt:
+        print("\nstopped: the same command with --resume continues after the last whole epoch", file=sys.stderr)
+        return 130
     print_table(rows)
     write_json(args.out / SUMMARY, {"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows})
-    with (args.out / "summary.csv").open("w", newline="") as file:
+    with (args.out / TABLE).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

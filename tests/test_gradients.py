@@ -285,3 +285,137 @@ def test_graph_holds_one_evaluation_whatever_the_steps(max_steps: int) -> None:
         one_bytes = sum(saved)
     state = eq.x0.numel()
     assert solve_bytes <= one_bytes + 2 * state + a.numel()  # x, f(x) and the leaves that f depends on
+
+
+def test_tiny_cotangents() -> None:
+    a, b = (t.float().detach().requires_grad_() for t in inputs(4))
+    x = deqkit.solve(tanh_layer, torch.zeros_like(b), args=(a, b), rtol=1e-6).value
+    expected = torch.autograd.grad(x.sum(), (a, b), retain_graph=True)
+    got = torch.autograd.grad(x.sum() * 1e-25, (a, b))
+    torch.testing.assert_close(tuple(1e25 * g for g in got), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_double_backward_under_autocast() -> None:
+    """The casts of the weights that the solve's own steps have cached are no hidden tensors."""
+    layer = torch.nn.Linear(4, 4)
+    torch.nn.init.orthogonal_(layer.weight, gain=0.5, generator=torch.Generator().manual_seed(0))
+    b = torch.ones(2, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = layer(torch.ones(2, 4))  # fills the cache
+        f = lambda x, b: torch.tanh(layer(x)).float() + b  # noqa: E731
+        x = deqkit.solve(f, torch.zeros(2, 4), args=(b,), rtol=1e-2).value
+    (grad,) = torch.autograd.grad(x.square().sum(), b, create_graph=True)
+    grad.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+def test_the_adjoint_solve_is_not_autocast() -> None:
+    """f and its backward run in float32, so only the solver's own arithmetic could lose precision."""
+    a, b = (t.float().detach().requires_grad_() for t in inputs(8, 3))
+
+    def gradient(enabled: bool) -> torch.Tensor:
+        def f(x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return torch.tanh((x.unsqueeze(1) * a).sum(2) + b)
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            x = deqkit.solve(f, torch.zeros_like(b), rtol=1e-6).value
+            return torch.autograd.grad(x.sum(), b)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("change", ["value", "leaf"])
+def test_another_function_in_the_double_backward_is_refused(change: str) -> None:
+    a, b = inputs()
+    scale, offset = 0.5, b
+    f = lambda x: scale * tanh_layer(x, a, offset)  # noqa: E731
+    x = deqkit.solve(f, torch.zeros_like(b), adjoint="implicit", **TIGHT).value
+    if change == "value":
+        scale = 0.4
+    else:
+        offset = b.detach().clone().requires_grad_()
+    torch.autograd.grad(x.sum(), b, retain_graph=True)
+    with pytest.raises(RuntimeError, match="f is not the function it was in the forward pass"):
+        torch.autograd.grad(x.sum(), b, create_graph=True)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann"])
+def test_another_function_in_a_packed_backward_is_refused(adjoint: str) -> None:
+    a, b = inputs()
+    scale = 0.5
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        x = deqkit.solve(lambda x: scale * tanh_layer(x, a, b), torch.zeros_like(b), adjoint=adjoint).value
+    torch.autograd.grad(x.sum(), b, retain_graph=True)
+    scale = 0.4
+    with pytest.raises(RuntimeError, match="f is not the function it was in the forward pass"):
+        x.sum().backward()
+
+
+def test_double_backward_past_an_argument_used_twice_is_refused() -> None:
+    """f takes p as an argument and as itself: only the first way can be told from what p came from."""
+    a, b = inputs(2, 1)
+    p = 2 * a
+    f = lambda x, q: torch.tanh(x @ (0.3 * q + 0.1 * p).T + b)  # noqa: E731
+    x = deqkit.solve(f, torch.zeros_like(b), args=(p,), **TIGHT).value
+    (first,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
+    whole = deqkit.solve(lambda x, q: torch.tanh(x @ (0.4 * q).T + b), torch.zeros_like(b), args=(p,), **TIGHT).value
+    torch.testing.assert_close(first, torch.autograd.grad(whole.sum(), a)[0])
+    with pytest.raises(RuntimeError, match="only as its arguments"):
+        torch.autograd.grad(x.sum(), a, create_graph=True)
+
+
+def test_a_parameter_that_the_derivative_does_not_need_may_change_in_place() -> None:
+    a, b = inputs()
+    expected = torch.autograd.grad(value(a, b, "implicit").sum(), (a, b))
+    x = deqkit.solve(lambda x: tanh_layer(x, a, b), torch.zeros_like(b), **TIGHT).value
+    with torch.no_grad():
+        b.add_(1.0)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), (a, b)), expected)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom"])
+def test_a_leaf_of_f_without_gradient(adjoint: str) -> None:
+    b = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def f(x: dict[str, torch.Tensor], b: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": 0.5 * x["a"] + b, "c": torch.ones(2, 1, dtype=torch.float64)}
+
+    x0 = {"a": torch.zeros(2, 1, dtype=torch.float64), "c": torch.zeros(2, 1, dtype=torch.float64)}
+    x = deqkit.solve(f, x0, args=(b,), adjoint=adjoint, rtol=1e-12).value
+    (grad,) = torch.autograd.grad((x["a"] + 7 * x["c"]).sum(), b, create_graph=adjoint == "implicit")
+    terms = {"implicit": 2.0, "neumann": 1.9375, "jfb": 1.0, "phantom": 2 * (1 - 0.75**5)}
+    torch.testing.assert_close(grad, torch.full_like(b, terms[adjoint]))
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom"])
+def test_nothing_to_differentiate_gives_a_plain_value(adjoint: str) -> None:
+    unused = torch.ones(2, 1, requires_grad=True)
+    for f in (lambda x, b: 0.5 * x + 1, torch.no_grad()(lambda x, b: 0.5 * x + b)):
+        x = deqkit.solve(f, torch.zeros(2, 1), args=(unused,), adjoint=adjoint).value
+        assert not x.requires_grad and abs(x.numpy() - 2).max() < 1e-2
+
+
+def test_empty_batch_can_be_trained_on() -> None:
+    b = torch.ones(0, 3, requires_grad=True)
+    deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(0, 3), args=(b,)).value.sum().backward()
+    with torch.no_grad():
+        assert not deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(0, 3), args=(b,)).value.requires_grad
+
+
+def test_forward_mode() -> None:
+    tangent = torch.ones(2, 3, dtype=torch.float64)
+    c = torch.full_like(tangent, 0.4)
+
+    def run(c: torch.Tensor, adjoint: str) -> torch.Tensor:
+        f = lambda x: 0.5 * torch.tanh(x) + c  # noqa: E731
+        return deqkit.solve(f, torch.zeros_like(tangent), adjoint=adjoint, rtol=1e-12, max_steps=100).value
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(c, tangent)
+        x, dx = torch.autograd.forward_ad.unpack_dual(run(dual, "unrolled"))
+        with pytest.raises(NotImplementedError, match="adjoint='unrolled'"):
+            run(dual, "implicit")
+    torch.testing.assert_close(dx, 1 / (1 - 0.5 * (1 - torch.tanh(x) ** 2)), rtol=1e-6, atol=0)
+    with pytest.raises(NotImplementedError, match="adjoint='unrolled'"):
+        torch.func.jvp(lambda c: run(c, "jfb"), (c,), (tangent,))

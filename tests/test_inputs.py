@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,6 +160,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tensor args": ({"args": ZERO}, TypeError, r"args=\(b,\)"),
     "batch_dims": ({"batch_dims": 3}, ValueError, "fewer dims than batch_dims=3"),
     "callback": ({"callback": 3}, TypeError, "callback"),
+    "trace": ({"trace": 1}, TypeError, "trace must be True or False"),
+    "bool rtol": ({"rtol": True}, TypeError, "rtol"),
+    "bool batch_dims": ({"batch_dims": True}, TypeError, "batch_dims"),
 }  # fmt: skip
 
 
@@ -165,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_refused_settings(case: str) -> None:
     given_settings, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
-        deqkit.solve(contraction, ZERO if case != "batch_dims" else ZERO, **given_settings)
+        deqkit.solve(contraction, ZERO, **given_settings)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +228,40 @@ def test_an_exception_in_f_passes_through() -> None:
     with pytest.raises(Custom, match="from f"):
         deqkit.solve(f, ZERO)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
+def test_mixed_precision_residual_belongs_to_the_returned_point(solver: str) -> None:
+    c = torch.linspace(0.1, 0.8, 6).reshape(2, 3)
+
+    def f(x: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return c * torch.cos(x[0]), 0.3 * x[1] + x[0].double()
+
+    x0 = (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64))
+    with torch.no_grad():
+        sol = deqkit.solve(f, x0, solver=solver, rtol=1e-6)
+    true = torch.cat([a.double() - b.double() for a, b in zip(f(sol.value), sol.value, strict=True)], dim=1).norm(dim=1)
+    torch.testing.assert_close(sol.residual, true, rtol=1e-9, atol=0)
+
+
+def test_keys_of_a_dict_may_come_in_any_order() -> None:
+    x0 = {"a": torch.zeros(2, 1), "b": {"c": torch.zeros(2, 3), "d": torch.zeros(2, 3)}}
+    sol = deqkit.solve(lambda x: {"b": {k: x["b"][k] / 2 + 1 for k in "dc"}, "a": x["a"] / 2 + 3}, x0)
+    torch.testing.assert_close(sol.value["a"], torch.full((2, 1), 6.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(sol.value["b"]["d"], torch.full((2, 3), 2.0), rtol=1e-3, atol=0)
+    for wrong in ({"b": ZERO}, {"a": ZERO, "b": (ZERO, ZERO)}, {"b": {"d": ZERO, "c": (ZERO, ZERO)}, "a": ZERO}):
+        with pytest.raises(ValueError, match="structure of x0"):
+            deqkit.solve(lambda x, wrong=wrong: wrong, x0)
+
+
+def test_any_number_type_will_do() -> None:
+    numbers = {"rtol": np.float32(1e-3), "atol": Fraction(0), "max_steps": np.int64(40), "batch_dims": np.int8(1)}
+    solver = deqkit.Anderson(history=np.int64(4), mixing=np.float32(0.5), restart_factor=float("inf"))
+    assert deqkit.solve(contraction, ZERO, solver=solver, **numbers).converged.all()
+    deqkit.Broyden(restart_factor=float("inf"))
+
+
+def test_refused_mixing_names_its_interval() -> None:
+    for mixing in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"mixing must be in \(0, 1\]"):
+            deqkit.Anderson(mixing=mixing)

@@ -47,7 +47,7 @@ def run(residuals: list[list[float]], *, max_steps: int | None = None, check_eve
 
     def norm(r: Blocks, fx: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         index = (fx[0][:, 0] - 1).long()
-        return table[index, torch.arange(table.shape[1])], torch.ones(table.shape[1], dtype=torch.float64)
+        return table[index, torch.arange(table.shape[1])].unsqueeze(0), torch.ones_like(table[:1])
 
     termination = Termination(**({"rtol": 1e-2} | tolerances))
     steps = len(table) - 1 if max_steps is None else max_steps
@@ -121,5 +121,6 @@ def test_trace() -> None:
 
 def test_leaf_max_cannot_be_fooled_by_nan() -> None:
     r = (torch.tensor([[1.0]]), torch.tensor([[float("nan")]]))
-    residual, _ = norms.leaf_max(r, (torch.ones(1, 1), torch.ones(1, 1)))
-    assert residual.isnan().all()
+    measured = norms.leaf_max(r, (torch.ones(1, 1), torch.ones(1, 1)))
+    residual, _, distance = Termination(1e-3).measure(*measured)
+    assert residual.isnan().all() and distance.isnan().all()

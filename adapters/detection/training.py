@@ -45,7 +45,8 @@ class DetectorConfig:
         image_size: length that the shorter side of every image is resized to, pixels.
         max_size: limit of the longer side, pixels; None for 1333/800 of the shorter, as in the paper.
         anchor_size: side of the smallest anchor on P3, pixels; it doubles with every level. None scales RetinaNet's
-            32 pixels at a shorter side of 800 to ``image_size``.
+            32 pixels at a shorter side of 800 to ``image_size``, but not below 16, twice the stride of P3: smaller
+            anchors would leave gaps between one another.
         solver: solver of the i-FPN: a name, or None for the neck's own default.
         max_steps: step limit of the i-FPN; None for the neck's own default.
         head_norm: group normalisation in the head's towers. Without it a head that starts from random weights hardly
@@ -74,7 +75,7 @@ class DetectorConfig:
         Args:
             weights_backbone: see `adapters.detection.retinanet_resnet50_ifpn`; None to train from scratch.
         """
-        base = self.anchor_size or 32 * self.image_size / 800
+        base = self.anchor_size or max(16.0, 32 * self.image_size / 800)
         sides = tuple(tuple(base * 2**level * scale for scale in ANCHOR_SCALES) for level in range(5))
         kwargs: dict[str, Any] = {
             "num_classes": self.num_classes,
@@ -132,7 +133,7 @@ class DetectionModule(L.LightningModule):
 
     Attributes:
         model: the detector.
-        skipped_steps: how many steps were left out because the loss was not finite.
+        skipped_steps: how many steps were left out because the loss or the gradient was not finite.
     """
 
     def __init__(
@@ -170,6 +171,21 @@ class DetectionModule(L.LightningModule):
         self.log_dict({k: v.detach() for k, v in named.items()}, batch_size=len(images))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(images))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skips a step whose gradient is not finite: a failed adjoint solve can cause that under a finite loss."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            self.skipped_steps += 1
+            optimizer.zero_grad(set_to_none=True)  # the optimiser leaves parameters without a gradient alone
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the count of skipped steps."""
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the count of skipped steps."""
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
         """The detections of the batch."""

@@ -1,4 +1,4 @@
-"""Pictures of detectors: detections on images, feature maps of necks side by side (Fig. 5 of the paper), residual traces.
+"""Pictures of detectors: detections on images, feature maps of necks side by side, residual traces.
 
 Everything is drawn on matplotlib figures that are never shown, so no display is needed, and written in one piece.
 """

@@ -9,6 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from deqkit.adjoints.dependencies import (
+    Aliases,
+    Dependencies,
+    check_same_function,
+    find_dependencies,
+    grad_of_present,
+)
 from deqkit.norms import StateNorm
 from deqkit.solution import AdjointStats
 from deqkit.state import Blocks, Evaluator
@@ -51,7 +58,7 @@ class Adjoint(ABC):
 
     @abstractmethod
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
-        """``x``, bit for bit, with a gradient. Called with gradients enabled."""
+        """``x``, bit for bit, with a gradient, unless nothing needs one. Called with gradients enabled."""
 
 
 class _Cut(torch.autograd.Function):
@@ -106,8 +113,32 @@ def refuse_double_backward() -> None:
 
 def vjp(fx: Blocks, x: Blocks, u: Blocks, create_graph: bool = False) -> Blocks:
     """J^T u for J = df/dx, along the graph from ``x`` to ``fx``, which is kept; zero where f does not depend on x."""
-    grads = torch.autograd.grad(fx, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    grads = grad_of_present(fx, x, u, create_graph=create_graph)
     return tuple(torch.zeros_like(b) if g is None else g for g, b in zip(grads, x, strict=True))
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of f with a graph.
+
+    Attributes:
+        x: the point, cut off from whatever it came from.
+        fx: f at the point.
+        dependencies: what fx depends on besides x.
+    """
+
+    x: Blocks
+    fx: Blocks
+    dependencies: Dependencies
+
+    @classmethod
+    def of(cls, f: Evaluator, x: Blocks) -> Evaluation:
+        """Evaluate f at ``x``, counted among the calls of ``f``."""
+        aliases = Aliases.of(f.args)
+        x_in, aliased = cut(x), f.with_args(aliases.args)
+        fx = aliased(x_in)
+        f.num_calls += aliased.num_calls
+        return cls(x_in, fx, find_dependencies(fx, x_in, aliases))
 
 
 class ProductGraph:
@@ -118,13 +149,19 @@ class ProductGraph:
     again. Then f is evaluated once more instead, in the backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dependencies: Dependencies) -> None:
+        self.dependencies = dependencies
         self.packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
     def graph(self, problem: Problem, x: Blocks, fx: Blocks) -> tuple[Blocks, Blocks]:
-        """A point and f at that point, with the graph between them in memory."""
+        """A point and f at that point, with the graph between them in memory.
+
+        Raises:
+            RuntimeError: f, evaluated once more, is not the function it was.
+        """
         if not self.packed:
             return x, fx
         with torch.enable_grad():
-            x = tuple(b.detach().requires_grad_() for b in x)
-            return x, problem.f(x)
+            again = Evaluation.of(problem.f, x)
+        check_same_function(problem.f, fx, self.dependencies, again.fx, again.dependencies)
+        return again.x, again.fx

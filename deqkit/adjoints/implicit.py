@@ -16,24 +16,23 @@ are handed to the leaf tensors that f was found to depend on and to the tensors 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deqkit import loop
-from deqkit.adjoints.base import Adjoint, Problem, ProductGraph, cut, vjp
-from deqkit.adjoints.dependencies import direct_gradients, find_dependencies
+from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, vjp
+from deqkit.adjoints.dependencies import Dependencies, direct_gradients
 from deqkit.solution import report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
-from deqkit.state import Blocks, Evaluator, StateLayout
-from deqkit.termination import Termination
+from deqkit.state import Blocks, Evaluator, StateLayout, without_autocast
+from deqkit.termination import Termination, patience_for
 
-_RTOL_WITHOUT_MODEL = (
-    1e-4  # where the forward solve has only an absolute tolerance, in units that cotangents do not share
-)
+# Used where the forward solve has only an absolute tolerance, in units that cotangents do not share.
+_DEFAULT_RTOL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -63,43 +62,42 @@ class ImplicitAdjoint(Adjoint):
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with the exact gradient."""
-        x_in = cut(x)
-        fx = problem.f(x_in)
-        leaves = find_dependencies(fx, x_in, problem.f.args)
-        return _Implicit.apply(self, problem, leaves.complete, len(x), *x_in, *fx, *leaves.tensors)  # pyright: ignore[reportReturnType]
+        at = Evaluation.of(problem.f, x)
+        if not at.dependencies.any:
+            return x
+        return _Implicit.apply(self, problem, at.dependencies, len(x), *at.x, *at.fx, *at.dependencies.tensors)  # pyright: ignore[reportReturnType]
 
     def termination(self, problem: Problem) -> Termination:
         """When the adjoint solve of ``problem`` is done."""
         rtol = self.rtol
         if rtol is None:
-            rtol = problem.rtol or (_RTOL_WITHOUT_MODEL if problem.atol else 0.0)
-        return Termination(rtol)
+            rtol = problem.rtol or (_DEFAULT_RTOL if problem.atol else 0.0)
+        return Termination(rtol, patience=patience_for(self.limit(problem)))
+
+    def limit(self, problem: Problem) -> int:
+        """The step limit of the adjoint solve of ``problem``."""
+        return problem.max_steps if self.max_steps is None else self.max_steps
 
     def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
         """The fixed point of u = J^T u + g, without gradient; starts from u = g."""
         layout = StateLayout(g, batch_dims=1)
         f = Evaluator(lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), layout)
         solver, termination = make_solver(self.solver), self.termination(problem)
-        max_steps = problem.max_steps if self.max_steps is None else self.max_steps
         with torch.no_grad():
-            result = loop.run(f, g, solver, termination, max_steps=max_steps, norm=problem.norm)
+            result = loop.run(f, g, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
         stats, per_sample = problem.stats, problem.f.layout.per_sample
         stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
-        stats.residual, stats.relative_residual = (
-            per_sample(result.residual),
-            per_sample(result.relative_residual),
-        )
+        stats.residual, stats.relative_residual = per_sample(result.residual), per_sample(result.relative_residual)
         stats.num_fn_evals, stats.solver = f.num_calls, solver.name
-        if not termination.fixed_steps:
-            resolution = max(problem.f.layout.resolution, torch.finfo(problem.f.layout.dtype).eps)
-            report_failure(
-                problem.on_failure,
-                "adjoint solve",
-                stats,
-                rtol=termination.rtol,
-                resolution=resolution,
-                stacklevel=2,
-            )
+        report_failure(
+            problem.on_failure,
+            "adjoint solve",
+            stats,
+            rtol=termination.rtol,
+            atol=termination.atol,
+            resolution=problem.f.layout.resolution,
+            stacklevel=2,
+        )
         return result.x
 
 
@@ -107,32 +105,37 @@ class _Implicit(torch.autograd.Function):
     """x* with u as the cotangent of f(x*)."""
 
     @staticmethod
-    def forward(ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, complete: bool, n: int, *tensors: Tensor) -> Any:
-        ctx.adjoint, ctx.problem, ctx.complete, ctx.n = adjoint, problem, complete, n
-        ctx.products = ProductGraph()
+    def forward(
+        ctx: Any, adjoint: ImplicitAdjoint, problem: Problem, dependencies: Dependencies, n: int, *tensors: Tensor
+    ) -> Any:
+        ctx.adjoint, ctx.problem, ctx.n = adjoint, problem, n
+        ctx.products = ProductGraph(dependencies)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        # Not the dependencies: f itself saves those whose values its derivative takes.
+        ctx.save_for_backward(*tensors[: 2 * n])
         # Copies: the caller may change the value in place, the point that f was differentiated at must stay.
         return tuple(x.clone() for x in tensors[:n])
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> Any:
         n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
-        x, fx, leaves = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        before = (None,) * (4 + n)
+        x, fx, dependencies = saved[:n], saved[n:], ctx.products.dependencies
+        before, after = (None,) * (4 + n), (None,) * len(dependencies.tensors)
         if all(b is None for b in g):  # behind a closed barrier
-            return (*before, *(None for _ in fx), *(None for _ in leaves))
+            return (*before, *(None for _ in fx), *after)
         g = tuple(torch.zeros_like(b) if c is None else c for c, b in zip(g, x, strict=True))
-        u = ctx.adjoint.solve(ctx.problem, *ctx.products.graph(ctx.problem, x, fx), tuple(b.detach() for b in g))
-        if not torch.is_grad_enabled():
-            return (*before, *u, *(None for _ in leaves))
-        if not ctx.complete:
-            raise RuntimeError(
-                "double backward through a solve: f closes over a tensor that is itself the result of differentiable "
-                "operations. Pass such tensors in args= (parameters and other leaf tensors may stay where they are)."
-            )
-        x_star = _Implicit.apply(ctx.adjoint, ctx.problem, ctx.complete, n, *x, *fx, *leaves)
-        grads = _differentiable_gradients(ctx.adjoint, ctx.problem, x_star, u, g, leaves)  # pyright: ignore[reportArgumentType]
+        with without_autocast(ctx.problem.f.layout.device):
+            u = ctx.adjoint.solve(ctx.problem, *ctx.products.graph(ctx.problem, x, fx), tuple(b.detach() for b in g))
+            if not torch.is_grad_enabled():
+                return (*before, *u, *after)
+            if not dependencies.complete:
+                raise RuntimeError(
+                    "double backward through a solve: f closes over a tensor that is itself the result of "
+                    "differentiable operations. Pass such tensors in args= and let f use them only as its arguments "
+                    "(parameters and other leaf tensors may stay where they are)."
+                )
+            x_star: Any = _Implicit.apply(ctx.adjoint, ctx.problem, dependencies, n, *x, *fx, *dependencies.tensors)
+            grads = _differentiable_gradients(ctx.adjoint, ctx.problem, x_star, u, g, fx, dependencies)
         return (*before, *(None for _ in fx), *grads)
 
 
@@ -142,19 +145,16 @@ def _differentiable_gradients(
     x_star: Blocks,
     u: Blocks,
     g: Blocks,
-    leaves: tuple[Tensor, ...],
+    fx: Blocks,
+    dependencies: Dependencies,
 ) -> tuple[Tensor | None, ...]:
-    """u^T df/d(leaf) at ``x_star`` for every leaf, as differentiable functions of leaves, x* and g."""
+    """u^T df/dt at ``x_star`` for every dependency t, as differentiable functions of the dependencies, x* and g."""
 
-    def adjoint_map(u: Blocks, x_star: Blocks, g: Blocks, hidden: Any) -> Blocks:
-        del hidden  # what f itself is called with, named here only so that derivatives of higher order find it
-        fx = problem.f(x_star)
+    def adjoint_map(u: Blocks, x_star: Blocks, g: Blocks, args: tuple[Any, ...]) -> Blocks:
+        fx = problem.f.with_args(args)(x_star)
         return tuple(torch.add(a, b) for a, b in zip(vjp(fx, x_star, u, create_graph=True), g, strict=True))
 
     f = Evaluator(adjoint_map, StateLayout(u, batch_dims=1), (x_star, g, problem.f.args))
-    u_problem = Problem(
-        f, problem.norm, problem.rtol, problem.atol, problem.max_steps, problem.on_failure, problem.stats
-    )
-    u = adjoint.attach(u_problem, u)
+    u = adjoint.attach(replace(problem, f=f), u)
     # u has every way through x* in it already.
-    return direct_gradients(problem.f, x_star, u, leaves)
+    return direct_gradients(problem.f, x_star, u, fx, dependencies)

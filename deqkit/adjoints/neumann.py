@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deqkit.adjoints.base import Adjoint, Problem, ProductGraph, cut, refuse_double_backward, vjp
+from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, refuse_double_backward, vjp
 from deqkit.solvers.base import require_int
-from deqkit.state import Blocks
+from deqkit.state import Blocks, without_autocast
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class NeumannAdjoint(Adjoint):
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with an approximate gradient."""
-        x_in = cut(x)
-        return _Neumann.apply(self.num_terms, problem, len(x), *x_in, *problem.f(x_in))  # pyright: ignore[reportReturnType]
+        at = Evaluation.of(problem.f, x)
+        if not at.dependencies.any:
+            return x
+        products = ProductGraph(at.dependencies)
+        return _Neumann.apply(self.num_terms, problem, products, len(x), *at.x, *at.fx)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,8 @@ class JFB(NeumannAdjoint):
 
 class _Neumann(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, num_terms: int, problem: Problem, n: int, *tensors: Tensor) -> Any:
-        ctx.num_terms, ctx.problem, ctx.n = num_terms, problem, n
-        ctx.products = ProductGraph()
+    def forward(ctx: Any, num_terms: int, problem: Problem, products: ProductGraph, n: int, *tensors: Tensor) -> Any:
+        ctx.num_terms, ctx.problem, ctx.products, ctx.n = num_terms, problem, products, n
         ctx.save_for_backward(*tensors)
         return tuple(x.clone() for x in tensors[:n])
 
@@ -64,10 +66,11 @@ class _Neumann(torch.autograd.Function):
         refuse_double_backward()
         n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
         x, fx = saved[:n], saved[n:]
-        if ctx.num_terms > 1:
-            x, fx = ctx.products.graph(ctx.problem, x, fx)
-        u = term = g
-        for _ in range(ctx.num_terms - 1):
-            term = vjp(fx, x, term)
-            u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
-        return (None, None, None, *(None for _ in x), *u)
+        with without_autocast(ctx.problem.f.layout.device):
+            if ctx.num_terms > 1:
+                x, fx = ctx.products.graph(ctx.problem, x, fx)
+            u = term = g
+            for _ in range(ctx.num_terms - 1):
+                term = vjp(fx, x, term)
+                u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
+        return (None, None, None, None, *(None for _ in x), *u)

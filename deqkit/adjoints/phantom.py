@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deqkit.adjoints.base import Adjoint, Problem, cut, straight_through
+import torch
+
+from deqkit.adjoints.base import Adjoint, Evaluation, Problem, straight_through
 from deqkit.solvers.base import require_float, require_int
 from deqkit.state import Blocks
 
@@ -38,7 +40,13 @@ class PhantomAdjoint(Adjoint):
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with an approximate gradient."""
-        y = cut(x)
-        for _ in range(self.num_steps):
-            y = tuple(fy + self.damping * (b - fy) for fy, b in zip(problem.f(y), y, strict=True))
+        at = Evaluation.of(problem.f, x)
+        if not at.dependencies.any:
+            return x
+        y = self._step(at.x, at.fx)
+        for _ in range(self.num_steps - 1):
+            y = self._step(y, problem.f(y))
         return straight_through(x, y)
+
+    def _step(self, y: Blocks, fy: Blocks) -> Blocks:
+        return tuple(torch.lerp(a, b, self.damping) for a, b in zip(fy, y, strict=True))

@@ -20,8 +20,12 @@ from deqkit.state import Blocks, Evaluator
 class UnrolledAdjoint(Adjoint):
     """Exact gradients of the steps that were taken.
 
+    A sample that has left the finite numbers makes the gradients of parameters that it shares with others non-finite,
+    as it would in any unrolled network.
+
     Args:
-        checkpoint: keep only each step's input and evaluate f again in the backward pass.
+        checkpoint: keep only each step's input and evaluate f again in the backward pass. `Solution.num_fn_evals` does
+            not count those evaluations.
     """
 
     name: ClassVar[str] = "unrolled"
@@ -34,14 +38,13 @@ class UnrolledAdjoint(Adjoint):
 
     def prepare(self, f: Evaluator) -> Evaluator:
         """The map that the loop evaluates: f, or f that recomputes itself in the backward pass."""
-        if not self.checkpoint:
-            return f
         inner = f.f
 
         def recomputing(x: Any, *args: Any) -> Any:
             return checkpoint(inner, x, *args, use_reentrant=False) if torch.is_grad_enabled() else inner(x, *args)
 
-        return Evaluator(recomputing, f.layout, f.args)
+        # All steps lie in one graph, which need not hold a cast of the same parameter for each of them.
+        return Evaluator(recomputing if self.checkpoint else inner, f.layout, f.args, shares_casts=True)
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` itself: its graph is the solve."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from deqkit import linalg
-from deqkit.solvers.base import Point, Solver, require_float, require_int
+from deqkit.solvers.base import Point, Safeguard, Solver, require_float, require_int
 from deqkit.state import Blocks
 
 
@@ -58,12 +58,10 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(self, "history", minimum=1)
-        require_float(self, "mixing", 0.0, 1.0 + 1e-12)
-        if self.mixing == 0:
-            raise ValueError("Anderson: mixing must be in (0, 1], got 0")
+        require_float(self, "mixing", 0.0, 1.0, ends="(]")
         if self.ridge is not None:
             require_float(self, "ridge", 0.0, float("inf"))
-        require_float(self, "restart_factor", 1.0, float("inf"))
+        require_float(self, "restart_factor", 1.0, float("inf"), ends="[]")
 
     def start(self) -> _State:
         """A fresh state for one solve."""
@@ -71,10 +69,7 @@ class Anderson(Solver):
 
 
 class _State:
-    """Last point, and the ring of normalised pairs with their Gram matrix.
-
-    A sample that has restarted has fewer usable columns than its neighbours: `usable` (B, m) says which.
-    """
+    """Last point, and the ring of normalised pairs with their Gram matrix."""
 
     def __init__(self, settings: Anderson) -> None:
         self.settings = settings
@@ -82,14 +77,13 @@ class _State:
         self.dr = linalg.History(settings.history)
         self.move = linalg.History(settings.history)  # dx + beta dr
         self.gram: Tensor
-        self.usable: Tensor
-        self.best: Tensor
+        self.safeguard: Safeguard
 
     def step(self, point: Point) -> Blocks:
         if self.last is None:
             self._allocate(point)
         else:
-            self._restart(point)
+            self.safeguard.restart(point.distance)
             self._remember(point, self.last)
         self.last = point
         plain = tuple(x.add(r, alpha=self.settings.mixing) for x, r in zip(point.x, point.r, strict=True))
@@ -101,33 +95,24 @@ class _State:
         m, x = self.settings.history, point.x[0]
         dtype = linalg.small_dtype(x.device)
         self.gram = torch.eye(m, dtype=dtype, device=x.device).repeat(x.shape[0], 1, 1)
-        self.usable = torch.zeros(x.shape[0], m, dtype=torch.bool, device=x.device)
-        self.best = point.distance
-
-    def _restart(self, point: Point) -> None:
-        restart = point.distance > self.settings.restart_factor * self.best
-        self.usable = self.usable & ~restart.unsqueeze(1)
-        self.best = torch.minimum(self.best, point.distance)
+        self.safeguard = Safeguard(m, self.settings.restart_factor, point.distance)
 
     def _remember(self, point: Point, last: Point) -> None:
         beta, slot = self.settings.mixing, self.dr.next_slot
         dr = tuple(torch.sub(a, b) for a, b in zip(point.r, last.r, strict=True))
-        size = linalg.norm(dr)
-        good = torch.isfinite(size) & (size > 0)
-        factor = torch.where(good, 1 / torch.where(good, size, 1.0), 0.0)
+        factor, good = linalg.inverse_size(linalg.norm(dr), dr[0].dtype)
         move = tuple((a - b).add_(d, alpha=beta) for a, b, d in zip(point.x, last.x, dr, strict=True))
         dr = linalg.scale(dr, factor)
         self.dr.push(dr)
         self.move.push(linalg.scale(move, factor))
         row = self.dr.dot(dr).to(self.gram.dtype)
         self.gram = linalg.write_column(linalg.write_row(self.gram, slot, row), slot, row)
-        self.usable = self.usable.clone()
-        self.usable[:, slot] = good
+        self.safeguard.admit(slot, good)
 
     def _coefficients(self, point: Point) -> Tensor:
         """gamma, (B, n): zero for columns that are not usable, and for samples whose small system fails."""
         n = self.dr.num_columns
-        usable = self.usable[:, :n]
+        usable = self.safeguard.usable[:, :n]
         right = torch.where(usable, self.dr.dot(point.r).to(self.gram.dtype), 0.0)
         identity = torch.eye(n, dtype=self.gram.dtype, device=right.device)
         both = usable.unsqueeze(1) & usable.unsqueeze(2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from deqkit.state import Blocks
@@ -58,6 +61,44 @@ class Solver(ABC):
         """A fresh state for one solve."""
 
 
+class Safeguard:
+    """Which stored pairs each sample may use: its neighbours may have restarted at other steps.
+
+    Args:
+        history: m, how many pairs are kept.
+        restart_factor: a sample drops its pairs when its distance exceeds this multiple of its best one.
+        first: the distance of the first point, (B,).
+    """
+
+    def __init__(self, history: int, restart_factor: float, first: Tensor) -> None:
+        self.restart_factor, self.best_distance = restart_factor, first
+        self.usable = torch.zeros(first.shape[0], history, dtype=torch.bool, device=first.device)
+
+    def restart(self, distance: Tensor) -> None:
+        """Take away all pairs of samples that are far above their best."""
+        restart = distance > self.restart_factor * self.best_distance
+        self.usable = self.usable & ~restart.unsqueeze(1)
+        self.best_distance = torch.minimum(self.best_distance, distance)
+
+    def admit(self, slot: int, good: Tensor) -> None:
+        """Enter the pair that was written to ``slot``, usable where ``good`` (B,)."""
+        self.usable = self.usable.clone()
+        self.usable[:, slot] = good
+
+
+def as_int(name: str, value: Any) -> int:
+    """An integer setting, which may be of any integer type.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
+
+
 def require_int(owner: object, name: str, minimum: int) -> None:
     """Refuse a setting that is no integer of at least ``minimum``.
 
@@ -65,22 +106,36 @@ def require_int(owner: object, name: str, minimum: int) -> None:
         TypeError: not an integer.
         ValueError: too small.
     """
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{type(owner).__name__}: {name} must be an integer, got {value!r}")
+    given = getattr(owner, name)
+    value = as_int(f"{type(owner).__name__}: {name}", given)
     if value < minimum:
         raise ValueError(f"{type(owner).__name__}: {name} must be at least {minimum}, got {value}")
+    if value is not given:
+        object.__setattr__(owner, name, value)
 
 
-def require_float(owner: object, name: str, low: float, high: float) -> None:
-    """Refuse a setting that is no number in [low, high).
+def require_float(owner: object, name: str, low: float, high: float, *, ends: str = "[)") -> None:
+    """Refuse a setting that is no number between ``low`` and ``high``.
+
+    Args:
+        owner: the settings.
+        name: which of them.
+        low: lower end.
+        high: upper end.
+        ends: whether each end is allowed: "[" or "]" where it is, "(" or ")" where not.
 
     Raises:
         TypeError: not a number.
         ValueError: out of range.
     """
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
-    if not low <= value < high:
-        raise ValueError(f"{type(owner).__name__}: {name} must be in [{low:g}, {high:g}), got {value}")
+    given = getattr(owner, name)
+    if isinstance(given, bool) or not isinstance(given, int | float | numbers.Real):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {given!r}")
+    value = float(given)
+    inside = (low <= value if ends[0] == "[" else low < value) and (value <= high if ends[1] == "]" else value < high)
+    if not inside:
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value:g}"
+        )
+    if type(given) not in (int, float):
+        object.__setattr__(owner, name, value)

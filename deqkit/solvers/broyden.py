@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from deqkit import linalg
-from deqkit.solvers.base import Point, Solver, require_float, require_int
+from deqkit.solvers.base import Point, Safeguard, Solver, require_float, require_int
 from deqkit.state import Blocks
 
 
@@ -58,7 +58,7 @@ class Broyden(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(self, "history", minimum=1)
-        require_float(self, "restart_factor", 1.0, float("inf"))
+        require_float(self, "restart_factor", 1.0, float("inf"), ends="[]")
 
     def start(self) -> _State:
         """A fresh state for one solve."""
@@ -75,14 +75,13 @@ class _State:
         self.z = linalg.History(settings.history)  # dx + dF, the change of f
         self.ss: Tensor  # S^T S
         self.sz: Tensor  # S^T (S + Y)
-        self.usable: Tensor
-        self.best: Tensor
+        self.safeguard: Safeguard
 
     def step(self, point: Point) -> Blocks:
         if self.last is None:
             self._allocate(point)
         else:
-            self._restart(point)
+            self.safeguard.restart(point.distance)
             self._remember(point, self.last)
         self.last = point
         if self.s.count == 0:
@@ -94,21 +93,15 @@ class _State:
         dtype = linalg.small_dtype(x.device)
         self.ss = torch.zeros(x.shape[0], m, m, dtype=dtype, device=x.device)
         self.sz = torch.zeros_like(self.ss)
-        self.usable = torch.zeros(x.shape[0], m, dtype=torch.bool, device=x.device)
-        self.best = point.distance
-
-    def _restart(self, point: Point) -> None:
-        restart = point.distance > self.settings.restart_factor * self.best
-        self.usable = self.usable & ~restart.unsqueeze(1)
-        self.best = torch.minimum(self.best, point.distance)
+        self.safeguard = Safeguard(m, self.settings.restart_factor, point.distance)
 
     def _remember(self, point: Point, last: Point) -> None:
         slot = self.s.next_slot
         dx = tuple(torch.sub(a, b) for a, b in zip(point.x, last.x, strict=True))
         df = tuple(torch.sub(a, b) for a, b in zip(point.fx, last.fx, strict=True))
-        size = linalg.norm(dx)
-        good = torch.isfinite(size) & (size > 0) & torch.isfinite(point.residual)
-        factor = torch.where(good, 1 / torch.where(good, size, 1.0), 0.0)
+        factor, good = linalg.inverse_size(linalg.norm(dx), dx[0].dtype)
+        good = good & torch.isfinite(point.residual)
+        factor = torch.where(good, factor, 0.0)
         s, z = linalg.scale(dx, factor), linalg.scale(df, factor)
         self.s.push(s)
         self.z.push(z)
@@ -116,13 +109,12 @@ class _State:
         s_s, s_z, z_s = self.s.dot(s).to(dtype), self.s.dot(z).to(dtype), self.z.dot(s).to(dtype)
         self.ss = linalg.write_column(linalg.write_row(self.ss, slot, s_s), slot, s_s)
         self.sz = linalg.write_column(linalg.write_row(self.sz, slot, z_s), slot, s_z)
-        self.usable = self.usable.clone()
-        self.usable[:, slot] = good
+        self.safeguard.admit(slot, good)
 
     def _coefficients(self, point: Point) -> Tensor:
         """(S^T Y + L)^-1 S^T F, (B, n): zero for columns not usable, and for samples whose small system fails."""
         n = self.s.num_columns
-        usable = self.usable[:, :n]
+        usable = self.safeguard.usable[:, :n]
         right = torch.where(usable, self.s.dot(point.r).to(self.ss.dtype), 0.0)
         # S^T Y + L = S^T Z - (S^T S without its strictly lower triangle by age)
         ss, sz = self.ss[:, :n, :n], self.sz[:, :n, :n]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from adapters.detection.data.coco import (
@@ -109,20 +110,26 @@ class CocoDataModule(L.LightningDataModule):
         self.val_dataset = CocoDetection(val, self.root / val_split, categories=categories)
         if self.train_dataset.box_report.used == 0:
             raise DataError(f"annotation file {train.path} has no usable box for the images: nothing to train on")
+        if not any(not entry["iscrowd"] for entry in self.val_dataset.ground_truth()["annotations"]):
+            raise DataError(f"annotation file {val.path} has no usable box for the images: nothing to evaluate on")
         self._is_set_up = True
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the current epoch; a last, incomplete batch is left out if there are others."""
         epoch = self.trainer.current_epoch if self.trainer else 0
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+        seed = hash((self.seed, epoch)) % 2**63
+        # Neither the order nor the workers' seeds may depend on how often Lightning asks for an iterator, which it
+        # does once more in a run that was not resumed: hence a list in place of a sampler that draws when asked.
+        order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         return DataLoader(
             self.train_dataset,
             batch_size=self.batch_size,
-            sampler=RandomSampler(self.train_dataset, generator=generator),
+            sampler=order,
             drop_last=len(self.train_dataset) >= self.batch_size,  # BatchNorm dislikes a batch of one
             num_workers=self.num_workers,
             collate_fn=collate,
-            generator=generator,  # seeds the workers
+            worker_init_fn=partial(_seed_worker, seed),
+            generator=torch.Generator().manual_seed(seed),  # leaves the global one, which augmentation uses, alone
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -138,6 +145,11 @@ class CocoDataModule(L.LightningDataModule):
 
     def _annotation_file(self, split: str) -> Path:
         return self.root / "annotations" / f"instances_{split}.json"
+
+
+def _seed_worker(seed: int, worker: int) -> None:
+    """Seeds a loading process; a function of this module, because it is sent there."""
+    torch.manual_seed((seed + worker + 1) % 2**63)
 
 
 def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:

@@ -1,7 +1,7 @@
 """A detection data set drawn by a program: shapes on textured backgrounds, written in the COCO-2017 layout.
 
-It lets every example and test run without a download: six classes, occlusion, and objects of the three sizes for which
-COCO reports an AP of its own (area below 32^2, up to 96^2 and above, in pixels). A detector that starts from random
+It lets every example and test run without a download: six classes, occlusion, and objects of the three sizes for
+which COCO reports an AP of its own (area below 32^2, up to 96^2 and above, in pixels). A detector that starts from random
 weights has to learn it within minutes on a CPU, so a shape's hue is a strong hint at its class: every class has a band of
 hues of its own, and the background is pale.
 
@@ -47,7 +47,7 @@ class SyntheticSettings:
 
     train_images: int = 800
     val_images: int = 120
-    image_size: int = 160
+    image_size: int = 144
     max_objects: int = 5
     seed: int = 0
 

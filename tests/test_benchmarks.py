@@ -1,0 +1,303 @@
+"""The benchmarks: problems whose answers are right, and files that say what was measured."""
+
+import argparse
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPT = BENCHMARKS / "solver_iters.py"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The benchmarks' modules; they are scripts beside each other and no package."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        names = ("problems", "options", "measure", "detector_steps", "solver_iters")
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def run_script(*arguments, cwd):
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+NAMES = [
+    "tanh_easy",
+    "tanh_hard",
+    "tanh_expanding",
+    "linear",
+    "linear_symmetric",
+    "mixed",
+    "conv",
+    "ifpn",
+    "ifpn_grown",
+]
+
+
+def test_every_problem_is_tested(modules):
+    assert list(modules["problems"].PROBLEMS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solutions_are_right(modules, name):
+    problem = modules["problems"].build(name, small=True, seed=3)
+    assert problem.relative_residual(problem.solution).max() < 1e-12
+    assert problem.relative_error(problem.solution).max() == 0
+    # f in the working dtype is the same map: at x* it moves by rounding only.
+    leaves = torch.utils._pytree.tree_leaves(problem.x0)
+    assert all(leaf.dtype == torch.float32 for leaf in leaves)
+    rounded = torch.utils._pytree.tree_map(lambda x: x.float(), problem.solution)
+    assert problem.relative_error(problem.f(rounded)).max() < 1e-5
+    assert problem.relative_error(problem.x0).min() > 0.9
+    assert 0.2 < problem.radius < 1.2
+
+
+def test_solution_of_the_mixed_batch_solves_its_linear_systems(modules):
+    problem = modules["problems"].build("mixed", small=True)
+    weight, bias, scale = (t.numpy() for t in (problem.exact_f.weight, problem.exact_f.bias, problem.exact_f.scale))
+    assert scale[0, 0] == pytest.approx(0.1) and scale[-1, 0] == pytest.approx(0.999)
+    for i in range(problem.num_samples):
+        expected = np.linalg.solve(np.eye(len(weight)) - scale[i, 0] * weight, bias[i])
+        np.testing.assert_allclose(problem.solution[i].numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_radius_of_a_symmetric_problem_is_that_of_its_weight(modules):
+    problem = modules["problems"].build("linear_symmetric", small=True)
+    assert problem.radius == pytest.approx(0.99, abs=1e-3)
+
+
+def test_problems_are_seeded_and_leave_the_global_generator_alone(modules):
+    build = modules["problems"].build
+    torch.manual_seed(0)
+    first = build("conv", small=True, seed=1)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+    assert torch.equal(first.solution, build("conv", small=True, seed=1).solution)
+    assert not torch.equal(first.solution, build("conv", small=True, seed=2).solution)
+
+
+def test_a_wrong_solution_is_refused(modules, monkeypatch):
+    problems = modules["problems"]
+    draft = problems.PROBLEMS["linear"](True)
+    wrong = replace(draft, solve=lambda f, x: draft.solve(f, x) + 1e-9)
+    monkeypatch.setitem(problems.PROBLEMS, "linear", lambda small: wrong)
+    with pytest.raises(problems.ProblemError, match="linear: the reference solution has a relative residual of"):
+        problems.build("linear")
+
+
+def test_a_solution_among_many_is_refused(modules, monkeypatch):
+    problems = modules["problems"]
+    draft = problems._Draft("every point", torch.nn.Identity(), torch.ones(2, 5), lambda f, x: x)
+    monkeypatch.setitem(problems.PROBLEMS, "identity", lambda small: draft)
+    with pytest.raises(problems.ProblemError, match="identity: two starting points"):
+        problems.build("identity")
+
+
+def test_options(modules):
+    options = modules["options"]
+    named = options.parse_solver("anderson:history=20,mixing=0.5")
+    assert named.label == "anderson:history=20,mixing=0.5"
+    assert (named.solver.history, named.solver.mixing) == (20, 0.5)
+    assert options.parse_steps("7,0-3, 30") == [0, 1, 2, 3, 7, 30]
+    for text, message in [
+        ("newton", "unknown solver 'newton'"),
+        ("anderson:memory=3", "anderson has no setting 'memory': choose from .*history"),
+        ("anderson:history=0", "history must be at least 1"),
+        ("anderson:history=x", "history=x"),
+    ]:
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            options.parse_solver(text)
+    for text in ("", "3-1", "a", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            options.parse_steps(text)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Output folder and finished process of one quick run."""
+    folder = tmp_path_factory.mktemp("quick")
+    extra = "anderson:history=2"
+    process = run_script("--quick", "--threads", "1", "--solver", extra, "--out", folder / "out", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder / "out", process
+
+
+def test_quick_run_writes_consistent_figures(modules, quick):
+    folder, _ = quick
+    with (folder / "solver_iters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [field.name for field in fields(modules["measure"].Row)]
+    assert list(dict.fromkeys(row["problem"] for row in rows)) == NAMES
+    labels = ["fixed_point", "anderson", "broyden", "anderson:history=2"]
+    steps = [*range(11), 15, 20]
+    assert len(rows) == len(NAMES) * len(labels) * len(steps)
+    for name in NAMES:
+        for label in labels:
+            mine = [row for row in rows if (row["problem"], row["solver"]) == (name, label)]
+            assert [int(row["steps"]) for row in mine] == steps
+            assert [int(row["calls"]) for row in mine] == [k + 1 for k in steps]
+            worst = [float(row["residual_worst"]) for row in mine]
+            assert all(b <= a * 1.001 for a, b in pairwise(worst)), "the best point visited cannot get worse"
+            error = [float(row["error_median"]) for row in mine]
+            assert error[0] == pytest.approx(1)  # x0 = 0
+            assert error[-1] < 0.6
+            assert all(float(row["error_worst"]) >= float(row["error_median"]) for row in mine)
+            assert all(float(row["seconds"]) > 0 and float(row["overhead"]) > 0.3 for row in mine)
+    assert all(row["residual_confirmed"] == "True" for row in rows)
+
+
+def test_quick_run_plots_every_problem(quick):
+    folder, _ = quick
+    pixels = np.asarray(Image.open(folder / "solver_iters.png").convert("RGB"))
+    height, width = pixels.shape[:2]
+    assert width > 1000 and height > 1000
+    # Every panel holds curves: coloured pixels, as opposed to the grey of text, frames and grid.
+    coloured = np.ptp(pixels.astype(int), axis=2) > 80
+    for band in np.array_split(coloured[height // 20 : -height // 12], 3, axis=0):
+        for panel in np.array_split(band, 3, axis=1):
+            assert panel.sum() > 500
+
+
+def test_quick_run_says_what_it_ran_on_and_found(quick):
+    folder, process = quick
+    record = json.loads((folder / "solver_iters.json").read_text())
+    assert record["hardware"]["threads"] == 1 and record["hardware"]["cpu"]
+    assert record["versions"]["torch"] and record["versions"]["deqkit"]
+    assert record["seed"] == 0 and "--quick" in record["command"]
+    assert list(record["problems"]) == NAMES
+    out = process.stdout
+    assert record["hardware"]["cpu"] in out and "best point visited" in out
+    assert "agree with float64 ones of the value returned: 468 of 468" in out
+    assert len(out.splitlines()) < 200
+
+
+def test_a_solve_that_lies_about_its_residual_is_found_out(modules, monkeypatch):
+    measure, problem = modules["measure"], modules["problems"].build("linear", small=True)
+    solve = measure.deqkit.solve
+
+    def flattering(*args, **kwargs):
+        solution = solve(*args, **kwargs)
+        return replace(solution, relative_residual=solution.relative_residual / 2)
+
+    solvers = modules["options"].default_solvers()[:1]
+    assert all(row.residual_confirmed for row in measure.measure(problem, solvers, [0, 5], 1, lambda: None))
+    monkeypatch.setattr(measure.deqkit, "solve", flattering)
+    assert not any(row.residual_confirmed for row in measure.measure(problem, solvers, [0, 5], 1, lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--steps", "3-1"], "names no step count"),
+        (["--device", "gpu7"], "device 'gpu7' cannot be used"),
+        (["--repeats", "0"], "'0' is not a positive integer"),
+        (["--data", "somewhere"], "--data belongs to --detector"),
+        (["--detector", str(SCRIPT), "--quick"], "--quick does not go with --detector"),
+        (["--detector", str(SCRIPT), "--steps", "0-3"], "at least one step"),
+        (["--out", str(SCRIPT / "out")], f"cannot write to {SCRIPT}"),
+        (["--solver", "anderson:memory=3"], "has no setting 'memory'"),
+        (["--steps", "x"], "not a list of step counts"),
+        (["--problem", "nothing"], "invalid choice: 'nothing'"),
+        (["--detector", "missing.ckpt"], "missing.ckpt"),
+    ],
+)
+def test_unusable_arguments_end_in_one_clear_line(modules, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        modules["solver_iters"].main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --detector
+
+
+def save_detector(folder, **config):
+    """A small set of images and the checkpoint of an untrained detector for it."""
+    from adapters.detection.data import SyntheticSettings, generate_dataset
+    from adapters.detection.training import DetectionModule
+
+    root = folder / "data"
+    generate_dataset(root, SyntheticSettings(train_images=1, val_images=5, image_size=96), progress=False)
+    torch.manual_seed(0)
+    settings = {"num_classes": 7, "neck_channels": 16, "image_size": 96, "max_steps": 4} | config
+    module = DetectionModule(settings, {"total_steps": 1}, {"root": str(root)})
+    path = folder / "model.ckpt"
+    torch.save({"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}, path)
+    return path
+
+
+def test_detector_sweep(modules, tmp_path, capsys):
+    checkpoint = save_detector(tmp_path)
+    out = tmp_path / "out"
+    solvers = ["--solver", "fixed_point", "--solver", "anderson:history=2"]
+    arguments = ["--detector", checkpoint, "--steps", "1,2,4,12", *solvers, "--out", out]
+    assert modules["solver_iters"].main([str(a) for a in arguments]) == 0
+    with (out / "detector.csv").open() as file:
+        own, *rows = csv.DictReader(file)
+    assert own["steps"] == "" and 1 <= float(own["mean_steps"]) <= 4
+    assert [(row["solver"], row["steps"]) for row in rows] == [
+        (label, steps) for label in solvers[1::2] for steps in ("1", "2", "4", "12")
+    ]
+    for row in rows:
+        assert float(row["mean_steps"]) == int(row["steps"])
+        assert row["images"] == "5" and 0 <= float(row["ap"]) <= float(row["ap50"]) <= 1
+        assert float(row["seconds_per_image"]) > 0
+    residuals = [float(row["residual_median"]) for row in rows]
+    assert residuals[0] > 10 * residuals[3] and residuals[4] > 10 * residuals[7]
+    text = capsys.readouterr().out
+    assert "fixed_point: AP is 0" in text or "steps are enough" in text
+    assert json.loads((out / "detector.json").read_text())["settings"]["images"] == 5
+    assert Image.open(out / "detector.png").width > 1000
+
+
+def test_detector_neck_is_left_as_it_was(modules, tmp_path):
+    steps = modules["detector_steps"]
+    detector = steps.load(save_detector(tmp_path), None, 2, "cpu")
+    before = detector.neck.settings
+    rows = steps.sweep(detector, modules["options"].default_solvers()[2:], [3], lambda: None)
+    assert detector.neck.settings == before
+    assert [row.images for row in rows] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"neck": "fpn", "max_steps": None}, "neck 'fpn': nothing to solve"), ({"num_classes": 4}, "trained for 3")],
+)
+def test_unusable_detectors_are_refused(modules, tmp_path, capsys, config, message):
+    checkpoint = save_detector(tmp_path, **config)
+    arguments = ["--detector", str(checkpoint), "--out", str(tmp_path / "out")]
+    assert modules["solver_iters"].main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and str(checkpoint) in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_answer_is_the_step_count_from_which_on_ap_stays(modules):
+    steps = modules["detector_steps"]
+
+    def rows(**aps):
+        return [steps.DetectorRow("s", int(k[1:]), 1, ap, ap, 1.0, 0.1, 0.1, 1.0) for k, ap in aps.items()]
+
+    assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.303, k5=0.3041, k7=0.3042, k9=0.305), "s")
+    # Within the limit by chance at 2 steps, not at 3: 2 are not enough.
+    assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.305, k3=0.29, k5=0.305, k9=0.305), "s")
+    assert "AP is 0 with 9 steps" in steps.answer(rows(k1=0.0, k9=0.0), "s")
+    assert "no objects" in steps.answer(rows(k1=None, k9=None), "s")
