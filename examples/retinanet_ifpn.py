@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train-images", type=int, metavar="N", help="use (or draw) N training images only")
     data.add_argument("--val-images", type=int, metavar="N", help="use (or draw) N validation images only")
     data.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="shorter side of the images; default: 192 drawn, 256 else"
+        "--image-size", type=int, metavar="PIXELS", help="shorter side of the images; default: 96 drawn, 256 else"
     )
     data.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images")
     model = parser.add_argument_group("model")
@@ -65,9 +65,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--solver", choices=("anderson", "broyden", "fixed_point"), help="default: the neck's own, Anderson"
     )
     model.add_argument("--max-steps", type=int, metavar="N", help="limit of solver steps; default: the neck's own")
+    model.add_argument("--rtol", type=float, default=1e-2, help="relative tolerance of the solver")
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=int, metavar="N", help="default: 6 drawn, 20 else")
-    train.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per step")
+    train.add_argument("--epochs", type=int, metavar="N", help="default: 5 drawn, 20 else")
+    train.add_argument("--batch-size", type=int, default=4, metavar="N", help="images per step")
     train.add_argument("--lr", type=float, default=1e-3, help="learning rate after the warm-up (AdamW, cosine)")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     train.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
@@ -87,8 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lr must be a positive number, got {args.lr}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
-    args.image_size = args.image_size or (256 if args.data else 192)
-    args.epochs = args.epochs or (20 if args.data else 6)
+    args.image_size = args.image_size or (256 if args.data else 96)
+    args.epochs = args.epochs or (20 if args.data else 5)
     return args
 
 
@@ -108,7 +109,9 @@ def check_out(args: argparse.Namespace) -> None:
     if args.resume and not found:
         raise DataError(f"--resume: there is no run in {out}")
     if found and not args.resume and not args.overwrite:
-        raise DataError(f"{out} already holds a run: --resume continues it, --overwrite deletes it, --out goes elsewhere")
+        raise DataError(
+            f"{out} already holds a run: --resume continues it, --overwrite deletes it, --out goes elsewhere"
+        )
     if args.resume and (out / SETTINGS).exists():
         before, now = json.loads((out / SETTINGS).read_text()), settings_of(args)
         for name in now:
@@ -135,8 +138,9 @@ def check_model(args: argparse.Namespace, necks: list[str]) -> None:
 
 def detector(args: argparse.Namespace, num_classes: int, neck: str) -> DetectorConfig:
     return DetectorConfig(
-        num_classes, neck, args.arch, args.neck_channels, args.image_size, solver=args.solver, max_steps=args.max_steps
-    )
+        num_classes, neck, args.arch, args.neck_channels, args.image_size,
+        solver=args.solver, max_steps=args.max_steps, rtol=args.rtol,
+    )  # fmt: skip
 
 
 def clear_out(args: argparse.Namespace) -> None:
@@ -158,7 +162,7 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
             raise DataError(f"--image-size {args.image_size}: drawn images need at least 48 pixels")
         counts = {"train_images": args.train_images, "val_images": args.val_images}
         settings = SyntheticSettings(
-            image_size=args.image_size, seed=args.seed, **{k: v for k, v in counts.items() if v is not None}
+            image_size=2 * args.image_size, seed=args.seed, **{k: v for k, v in counts.items() if v is not None}
         )
         root, limits = args.out / "data", {}
         if args.overwrite:
@@ -181,14 +185,17 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
 def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> DetectionModule:
     L.seed_everything(args.seed, verbose=False)
     config = detector(args, data.train_dataset.num_classes, neck)
-    per_epoch = max(1, len(data.train_dataset) // args.batch_size)
-    total = args.epochs * per_epoch
+    total = args.epochs * steps_per_epoch(args, data)
     schedule = Schedule(total, lr=args.lr, warmup_steps=min(100, max(1, total // 10)), seed=args.seed)
     remembered = {
         "root": str(data.root), "categories": dict(data.train_dataset.categories), "batch_size": args.batch_size,
         "limit_val_images": data.limit_val_images,
     }  # fmt: skip
     return DetectionModule(asdict(config), asdict(schedule), remembered, args.weights_backbone)
+
+
+def steps_per_epoch(args: argparse.Namespace, data: CocoDataModule) -> int:
+    return max(1, len(data.train_dataset) // args.batch_size)
 
 
 def validation_interval(epochs: int) -> int:
@@ -208,7 +215,8 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
     val = data.val_dataset
     evaluation = CocoEvaluation(val.ground_truth(), val.category_of_label, folder / "detections.json")
     figures, timer = SolverFigures(), StepTimer()
-    checkpoints = folder / "checkpoints"
+    checkpoints, parts = folder / "checkpoints", len(list((folder / "csv").rglob("metrics.csv")))
+    part = f"resumed_{parts}" if parts else ""  # the CSV logger would delete what it finds
     last = ModelCheckpoint(checkpoints, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best = ModelCheckpoint(
         checkpoints, filename="best", monitor="val/AP", mode="max", save_on_train_epoch_end=False,
@@ -216,9 +224,10 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=args.device, devices=1, max_epochs=args.epochs, gradient_clip_val=10.0, num_sanity_val_steps=0,
-        check_val_every_n_epoch=validation_interval(args.epochs), log_every_n_steps=10,
+        check_val_every_n_epoch=validation_interval(args.epochs),
+        log_every_n_steps=min(10, steps_per_epoch(args, data)),
         reload_dataloaders_every_n_epochs=1, enable_model_summary=False,
-        logger=[CSVLogger(folder, name="csv", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
+        logger=[CSVLogger(folder, name="csv", version=part), TensorBoardLogger(folder, name="tensorboard", version="")],
         callbacks=[
             evaluation, figures, timer, last, best, LearningRateMonitor("step"), TQDMProgressBar(refresh_rate=5)
         ],
@@ -237,7 +246,8 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
     row["parameters"] = sum(p.numel() for p in module.model.parameters())
     row["seconds_per_step"] = timer.median
     row["skipped_steps"] = module.skipped_steps
-    row |= asdict(figures.validation) if figures.validation else {}
+    if figures.validation:
+        row |= asdict(figures.validation) | {"unsolved": figures.unsolved}
     write_json(done, row)
     return row
 
@@ -266,7 +276,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
     for row in rows:
         if row["skipped_steps"]:
-            print(f"{TITLES[row['neck']]}: {row['skipped_steps']} steps were skipped because the loss or the gradient was not finite")
+            title, count = TITLES[row["neck"]], row["skipped_steps"]
+            print(f"{title}: {count} steps were skipped because the loss or the gradient was not finite")
+        if row.get("unsolved"):
+            print(f"{TITLES[row['neck']]}: {row['unsolved']:.1%} of the training solves stopped above their tolerance")
 
 
 def draw_pictures(args: argparse.Namespace, data: CocoDataModule, necks: list[str]) -> list[Path]:
@@ -298,6 +311,7 @@ def quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory.*exists.*",
         ".*training_step.*returned.*None.*",
+        ".*LeafSpec.*is deprecated.*",  # Lightning's own use of PyTorch
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -305,7 +319,7 @@ def quiet_lightning() -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     quiet_lightning()
-    necks = list(NECKS) if args.neck == "both" else [args.neck]
+    necks: list[str] = [*NECKS] if args.neck == "both" else [args.neck]
     try:
         check_out(args)
         check_model(args, necks)

@@ -98,7 +98,9 @@ def test_loss_falls(root, tmp_path, neck):
 
 
 def test_seed_fixes_the_run(root, tmp_path):
-    runs = [fit(make_module(root, seed=seed), root, tmp_path / str(i), 1, seed=seed)[1] for i, seed in enumerate((1, 1, 2))]
+    runs = [
+        fit(make_module(root, seed=seed), root, tmp_path / str(i), 1, seed=seed)[1] for i, seed in enumerate((1, 1, 2))
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -159,6 +161,7 @@ def test_figures_logs_and_checkpoint(root, tmp_path):
 
     summary = figures.validation
     assert summary is not None and 1 <= summary.mean_steps <= 20 and 0 <= summary.converged <= 1
+    assert 0 <= figures.unsolved <= 1
     assert 0 < summary.median_residual <= summary.worst_residual
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

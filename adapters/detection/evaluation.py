@@ -54,7 +54,7 @@ def evaluate_coco(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]
         The figures of `METRICS`. None where the set holds no object of that size.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress with print
-        truth = COCO()
+        truth: Any = COCO()  # its stubs know files only
         truth.dataset = ground_truth
         truth.createIndex()
         # loadRes refuses an empty list; an empty COCO object means the same.

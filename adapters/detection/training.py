@@ -45,10 +45,11 @@ class DetectorConfig:
         image_size: length that the shorter side of every image is resized to, pixels.
         max_size: limit of the longer side, pixels; None for 1333/800 of the shorter, as in the paper.
         anchor_size: side of the smallest anchor on P3, pixels; it doubles with every level. None scales RetinaNet's
-            32 pixels at a shorter side of 800 to ``image_size``, but not below 16, twice the stride of P3: smaller
+            32 pixels at a shorter side of 800 to ``image_size``, but not below 18, twice the stride of P3: smaller
             anchors would leave gaps between one another.
         solver: solver of the i-FPN: a name, or None for the neck's own default.
         max_steps: step limit of the i-FPN; None for the neck's own default.
+        rtol: relative tolerance of the i-FPN; None for the neck's own default.
         head_norm: group normalisation in the head's towers. Without it a head that starts from random weights hardly
             learns in a short training.
     """
@@ -62,6 +63,7 @@ class DetectorConfig:
     anchor_size: float | None = None
     solver: str | None = None
     max_steps: int | None = None
+    rtol: float | None = None
     head_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class DetectorConfig:
         Args:
             weights_backbone: see `adapters.detection.retinanet_resnet50_ifpn`; None to train from scratch.
         """
-        base = self.anchor_size or max(16.0, 32 * self.image_size / 800)
+        base = self.anchor_size or max(18.0, 32 * self.image_size / 800)
         sides = tuple(tuple(base * 2**level * scale for scale in ANCHOR_SCALES) for level in range(5))
         kwargs: dict[str, Any] = {
             "num_classes": self.num_classes,
@@ -90,7 +92,7 @@ class DetectorConfig:
             kwargs["head"] = RetinaNetHead(self.neck_channels, ANCHORS_PER_CELL, self.num_classes, norm_layer=norm)
         if self.neck == "ifpn":
             # What does not converge is counted in the logs: a warning at every step would bury everything else.
-            given = {"solver": self.solver, "max_steps": self.max_steps, "on_failure": "ignore"}
+            given = {"solver": self.solver, "max_steps": self.max_steps, "rtol": self.rtol, "on_failure": "ignore"}
             kwargs["neck_settings"] = {key: value for key, value in given.items() if value is not None}
         return getattr(builders, f"retinanet_{self.arch}_{self.neck}")(**kwargs)
 
@@ -104,6 +106,9 @@ class Schedule:
         lr: learning rate after the warm-up.
         warmup_steps: steps of the warm-up.
         weight_decay: decay of weights; norms and biases are exempt.
+        transform_lr: learning rate of an implicit neck's G, relative to the others'. Adam moves a weight by about its
+            learning rate per step whatever the gradient's size, and G, whose weights start at N(0, 0.01), would lose
+            its contraction within a few dozen steps of 1e-3.
         seed: seed of the augmentation; every epoch starts from the seed and its own number, so that a resumed run
             continues as an uninterrupted one would.
     """
@@ -112,6 +117,7 @@ class Schedule:
     lr: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.02
+    transform_lr: float = 0.1
     seed: int = 0
 
     def factor(self, step: int) -> float:
@@ -193,13 +199,16 @@ class DetectionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with one learning rate per step."""
-        decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
-        exempt = [p for p in self.model.parameters() if p.requires_grad and p.dim() <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": self.schedule.weight_decay},
-            {"params": exempt, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.schedule.lr)
+        settings, neck = self.schedule, self.neck
+        careful = {id(p) for p in neck.transform.parameters()} if isinstance(neck, ImplicitFPN) else set()
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                lr = settings.lr * (settings.transform_lr if id(parameter) in careful else 1.0)
+                decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+                groups.setdefault((lr, decay), []).append(parameter)
+        groups_of_optimizer = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        optimizer = torch.optim.AdamW(groups_of_optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -233,10 +242,18 @@ class SolverFigures(L.Callback):
     def __init__(self) -> None:
         self.validation: SolverSummary | None = None
         self._solutions: list[deqkit.Solution] = []
+        self._solved: list[torch.Tensor] = []
+
+    @property
+    def unsolved(self) -> float:
+        """Share of the training solves of this process that did not meet their tolerance, 0 to 1."""
+        return 1 - torch.cat(self._solved).double().mean().item() if self._solved else 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Logs the solve of the step, and its adjoint's."""
         solution = _last_solution(pl_module)
+        if solution is not None:
+            self._solved.append(solution.converged)
         if solution is None or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
         summary = asdict(summarize([solution]))

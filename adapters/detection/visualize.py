@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
 
@@ -25,7 +26,7 @@ def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format=path.suffix[1:] or "png")
+    figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
     os.replace(partial, path)
     return path
 
@@ -42,7 +43,7 @@ def _draw_boxes(
     for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = palette((label - 1) % 10)
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4))
-        text = names[label] + ("" if scores is None else f" {scores[i]:.2f}")
+        text = names[int(label)] + ("" if scores is None else f" {scores[i]:.2f}")
         style: dict[str, Any] = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
         axes.text(
             x1,
@@ -189,6 +190,6 @@ def draw_residual_trace(path: str | Path, solution: deqkit.Solution, *, rtol: fl
     axes.set_ylabel("relative residual |G(P + B) - P| / |G(P + B)|")
     axes.set_title(f"i-FPN, {solution.solver}: residual of the fixed point, per image", fontsize=11)
     axes.grid(True, which="major", alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return _save(figure, path)
