@@ -84,6 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_workers", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if not 0 < args.rtol < 1:
+        parser.error(f"--rtol must be between 0 and 1, got {args.rtol}")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr must be a positive number, got {args.lr}")
     if args.device == "cuda" and not torch.cuda.is_available():

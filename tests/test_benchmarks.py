@@ -237,7 +237,7 @@ def save_detector(folder, **config):
     root = folder / "data"
     generate_dataset(root, SyntheticSettings(train_images=1, val_images=5, image_size=96), progress=False)
     torch.manual_seed(0)
-    settings = {"num_classes": 7, "neck_channels": 16, "image_size": 96, "max_steps": 4} | config
+    settings = {"num_classes": 5, "neck_channels": 16, "image_size": 96, "max_steps": 4} | config
     module = DetectionModule(settings, {"total_steps": 1}, {"root": str(root)})
     path = folder / "model.ckpt"
     torch.save({"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}, path)

@@ -216,21 +216,19 @@ def _tight_box(visible: np.ndarray) -> tuple[list[float], int]:
 
 def _shape_mask(rng: np.random.Generator, label: int, side: float, size: int) -> np.ndarray:
     """Coverage in 0..1 of a shape with area ``side**2`` at a random place and angle inside the image."""
-    outline, holes = _outline(rng, CLASS_NAMES[label])
-    scale = side / math.sqrt(_area(outline) - sum(_area(hole) for hole in holes))
+    outline = _outline(rng, CLASS_NAMES[label])
+    scale = side / math.sqrt(_area(outline))
     angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    parts = [scale * part @ rotation.T for part in (outline, *holes)]
-    low, high = parts[0].min(axis=0), parts[0].max(axis=0)
+    outline = scale * outline @ rotation.T
+    low, high = outline.min(axis=0), outline.max(axis=0)
     room = size - 2 - (high - low)
     if room.min() < 0:  # at an unlucky angle a thin shape is longer than the image
         shrink = (size - 2) / (high - low).max()
-        parts, low, room = [shrink * p for p in parts], shrink * low, size - 2 - shrink * (high - low)
+        outline, low, room = shrink * outline, shrink * low, size - 2 - shrink * (high - low)
     offset = 1 - low + rng.random(2) * room
     canvas = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE))
-    draw = ImageDraw.Draw(canvas)
-    for part, fill in zip(parts, (255, *[0] * len(holes)), strict=True):
-        draw.polygon([tuple(p) for p in (part + offset) * SUPERSAMPLE], fill=fill)
+    ImageDraw.Draw(canvas).polygon([tuple(p) for p in (outline + offset) * SUPERSAMPLE], fill=255)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX)) / 255.0
 
 
@@ -244,21 +242,15 @@ def _circle(radius: float, points: int = 64) -> np.ndarray:
     return radius * np.stack([np.cos(t), np.sin(t)], axis=1)
 
 
-def _outline(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Outline and holes of a shape around the origin, with some variation of its proportions."""
+def _outline(rng: np.random.Generator, name: str) -> np.ndarray:
+    """Outline of a shape around the origin, with some variation of its proportions."""
     stretch = np.array([1.0, rng.uniform(0.85, 1.0)])
     if name == "circle":
-        return _circle(1.0) * stretch, []
-    if name == "ring":
-        return _circle(1.0) * stretch, [_circle(rng.uniform(0.5, 0.65)) * stretch]
+        return _circle(1.0) * stretch
     if name == "square":
-        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * stretch, []
+        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * stretch
     if name == "triangle":
-        return _circle(1.0, 3) * stretch, []
-    if name == "star":
-        points = _circle(1.0, 10)
-        points[1::2] *= rng.uniform(0.4, 0.5)
-        return points, []
+        return _circle(1.0, 3) * stretch
     w = rng.uniform(0.3, 0.4)  # half the width of the cross's arms
     corners = [
         (w, w),
@@ -274,4 +266,4 @@ def _outline(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[np.n
         (1, -w),
         (1, w),
     ]
-    return np.array(corners, dtype=float), []
+    return np.array(corners, dtype=float)
