@@ -30,6 +30,7 @@ SIZE_WEIGHTS = {"small": 0.3, "medium": 0.45, "large": 0.25}
 MIN_VISIBLE = 0.6  # an object may lose up to 40% of its pixels to objects drawn over it
 SUPERSAMPLE = 3
 MAX_ANGLE = math.radians(12)  # of a shape's rotation
+BACKGROUND_SATURATION = 0.3  # of the colour noise behind the shapes
 HUE_SPREAD = 0.35  # half the width of a class's band of hues, in distances between two classes
 MANIFEST = "synthetic.json"
 
@@ -191,7 +192,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size] / size
     angle, frequency = rng.uniform(0, math.pi), rng.uniform(4, 24)
     stripes = np.sin(2 * math.pi * frequency * (x * math.cos(angle) + y * math.sin(angle)))
-    return image + rng.uniform(0.0, 0.08) * stripes[..., None]
+    pale = image.mean(axis=2, keepdims=True) + BACKGROUND_SATURATION * (image - image.mean(axis=2, keepdims=True))
+    return pale + rng.uniform(0.0, 0.08) * stripes[..., None]
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, label: int) -> None:
