@@ -11,7 +11,6 @@ import csv
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 import warnings
@@ -27,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from adapters.detection.data import CocoDataModule, DataError, SyntheticSettings, generate_dataset
 from adapters.detection.data.synthetic import MANIFEST
 from adapters.detection.evaluation import CocoEvaluation, format_metric
+from adapters.detection.files import written_whole
 from adapters.detection.training import (
     NECKS,
     DetectionModule,
@@ -42,7 +42,8 @@ TITLES = {"ifpn": "i-FPN", "fpn": "FPN"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SUMMARY, TABLE, SETTINGS = "summary.json", "summary.csv", "settings.json"
 PICTURES = ("detections.png", "feature_maps.png", "residual_trace.png")
-RUN = {SUMMARY, TABLE, SETTINGS, "data", "data.partial", *PICTURES, *NECKS}  # what a run leaves in --out
+FILES = (SUMMARY, TABLE, SETTINGS, *PICTURES)
+RUN = {*FILES, "data", *NECKS, "data.partial", *(f".{name}.partial" for name in FILES)}  # what a run leaves in --out
 FREE_TO_CHANGE = {"neck", "num_workers", "device", "out", "resume", "overwrite"}  # on --resume
 
 
@@ -255,9 +256,8 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
 
 
 def write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -9,39 +9,17 @@ from typing import Any
 import pytest
 import torch
 from equations import linear, tanh, tanh_layer
+from exact_adjoints import EXACT, TIGHT, inputs, value
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import deqkit
-
-EXACT = {
-    "implicit_fixed_point": deqkit.ImplicitAdjoint("fixed_point", rtol=1e-13, max_steps=400),
-    "implicit_anderson": deqkit.ImplicitAdjoint("anderson", rtol=1e-13, max_steps=100),
-    "implicit_broyden": deqkit.ImplicitAdjoint("broyden", rtol=1e-13, max_steps=100),
-    "unrolled": deqkit.UnrolledAdjoint(),
-    "unrolled_checkpointed": deqkit.UnrolledAdjoint(checkpoint=True),
-}
-TIGHT = {"rtol": 1e-13, "max_steps": 200, "on_failure": "ignore"}
-
-
-def inputs(n: int = 3, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = tanh(n, batch, radius=0.6).args
-    return a.clone().requires_grad_(), b.clone().requires_grad_()
-
-
-def value(a: torch.Tensor, b: torch.Tensor, adjoint: Any, solver: str = "anderson") -> torch.Tensor:
-    return deqkit.solve(tanh_layer, torch.zeros_like(b), args=(a, b), adjoint=adjoint, solver=solver, **TIGHT).value
 
 
 @pytest.mark.parametrize("adjoint", EXACT)
 @pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
 def test_gradcheck(adjoint: str, solver: str) -> None:
     assert gradcheck(lambda a, b: value(a, b, EXACT[adjoint], solver), inputs())
-
-
-@pytest.mark.parametrize("adjoint", ["implicit_anderson", "implicit_broyden", "unrolled"])
-def test_gradgradcheck(adjoint: str) -> None:
-    assert gradgradcheck(lambda a, b: value(a, b, EXACT[adjoint], "fixed_point"), inputs(2, 1))
 
 
 def test_gradients_of_closed_over_parameters() -> None:
@@ -56,41 +34,6 @@ def test_gradients_of_closed_over_parameters() -> None:
 
     assert gradcheck(run, tuple(layer.parameters()))
     assert gradgradcheck(run, tuple(layer.parameters()))
-
-
-def test_gradgradcheck_where_arguments_depend_on_one_another() -> None:
-    """args holds a, 2 a and a again through a closure: each way counts once."""
-    a, b = inputs(2, 1)
-
-    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        adjoint = EXACT["implicit_anderson"]
-        f = lambda x, p, q, b: torch.tanh(x @ (0.3 * p + 0.1 * q).T + b)  # noqa: E731
-        return deqkit.solve(f, torch.zeros_like(b), args=(a, 2 * a, b), adjoint=adjoint, **TIGHT).value
-
-    def closing_over(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        adjoint = EXACT["implicit_anderson"]
-        f = lambda x, p: torch.tanh(x @ (0.3 * p + 0.1 * a).T + b)  # noqa: E731
-        return deqkit.solve(f, torch.zeros_like(b), args=(a,), adjoint=adjoint, **TIGHT).value
-
-    assert gradgradcheck(run, (a, b)) and gradgradcheck(closing_over, (a, b))
-
-
-def test_third_derivative() -> None:
-    """Against 200 plain steps; the derivatives of fewer, accelerated steps lag behind their value."""
-
-    def derivatives(c: torch.Tensor, x: torch.Tensor) -> list[float]:
-        out, current = [], x.sum()
-        for _ in range(3):
-            (current,) = torch.autograd.grad(current, c, create_graph=True)
-            out.append(current.item())
-        return out
-
-    c = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    x = x0 = torch.zeros(1, 1, dtype=torch.float64)
-    for _ in range(200):
-        x = torch.tanh(c * x + 1)
-    sol = deqkit.solve(lambda x, c: torch.tanh(c * x + 1), x0, args=(c,), adjoint=EXACT["implicit_anderson"], **TIGHT)
-    assert derivatives(c, sol.value) == pytest.approx(derivatives(c, x), rel=1e-9)
 
 
 def test_against_the_dense_formula() -> None:
@@ -188,25 +131,6 @@ def test_approximate_adjoints_are_the_series_they_name() -> None:
     torch.testing.assert_close(gradient(deqkit.PhantomAdjoint(3, damping=0.3)), damped)
 
 
-@pytest.mark.parametrize("adjoint", ["jfb", "neumann", "phantom"])
-def test_approximate_adjoints_refuse_double_backward(adjoint: str) -> None:
-    a, b = inputs()
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(value(a, b, adjoint).sum(), a, create_graph=True)
-
-
-def test_double_backward_past_a_hidden_tensor_is_refused() -> None:
-    """f closes over 2 * b: first derivatives are right, second ones can't be, so they are an error."""
-    a, b = inputs()
-    doubled = 2 * b
-    sol = deqkit.solve(lambda x: tanh_layer(x, a, doubled), torch.zeros_like(b), **TIGHT)
-    (first,) = torch.autograd.grad(sol.value.sum(), b, retain_graph=True)
-    (expected,) = torch.autograd.grad(value(a, 2 * b, "implicit").sum(), b)
-    torch.testing.assert_close(first, expected)
-    with pytest.raises(RuntimeError, match="Pass such tensors in args"):
-        torch.autograd.grad(sol.value.sum(), b, create_graph=True)
-
-
 def test_adjoint_stats_tell_how_the_backward_solve_went() -> None:
     a, b = inputs(8, 3)
     sol = deqkit.solve(
@@ -295,20 +219,6 @@ def test_tiny_cotangents() -> None:
     torch.testing.assert_close(tuple(1e25 * g for g in got), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_double_backward_under_autocast() -> None:
-    """The casts of the weights that the solve's own steps have cached are no hidden tensors."""
-    layer = torch.nn.Linear(4, 4)
-    torch.nn.init.orthogonal_(layer.weight, gain=0.5, generator=torch.Generator().manual_seed(0))
-    b = torch.ones(2, 4, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x = layer(torch.ones(2, 4))  # fills the cache
-        f = lambda x, b: torch.tanh(layer(x)).float() + b  # noqa: E731
-        x = deqkit.solve(f, torch.zeros(2, 4), args=(b,), rtol=1e-2).value
-    (grad,) = torch.autograd.grad(x.square().sum(), b, create_graph=True)
-    grad.sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all() and layer.weight.grad.any()
-
-
 def test_the_adjoint_solve_is_not_autocast() -> None:
     """f and its backward run in float32, so only the solver's own arithmetic could lose precision."""
     a, b = (t.float().detach().requires_grad_() for t in inputs(8, 3))
@@ -325,21 +235,6 @@ def test_the_adjoint_solve_is_not_autocast() -> None:
     assert torch.equal(gradient(True), gradient(False))
 
 
-@pytest.mark.parametrize("change", ["value", "leaf"])
-def test_another_function_in_the_double_backward_is_refused(change: str) -> None:
-    a, b = inputs()
-    scale, offset = 0.5, b
-    f = lambda x: scale * tanh_layer(x, a, offset)  # noqa: E731
-    x = deqkit.solve(f, torch.zeros_like(b), adjoint="implicit", **TIGHT).value
-    if change == "value":
-        scale = 0.4
-    else:
-        offset = b.detach().clone().requires_grad_()
-    torch.autograd.grad(x.sum(), b, retain_graph=True)
-    with pytest.raises(RuntimeError, match="f is not the function it was in the forward pass"):
-        torch.autograd.grad(x.sum(), b, create_graph=True)
-
-
 @pytest.mark.parametrize("adjoint", ["implicit", "neumann"])
 def test_another_function_in_a_packed_backward_is_refused(adjoint: str) -> None:
     a, b = inputs()
@@ -350,19 +245,6 @@ def test_another_function_in_a_packed_backward_is_refused(adjoint: str) -> None:
     scale = 0.4
     with pytest.raises(RuntimeError, match="f is not the function it was in the forward pass"):
         x.sum().backward()
-
-
-def test_double_backward_past_an_argument_used_twice_is_refused() -> None:
-    """f takes p as an argument and as itself: only the first way can be told from what p came from."""
-    a, b = inputs(2, 1)
-    p = 2 * a
-    f = lambda x, q: torch.tanh(x @ (0.3 * q + 0.1 * p).T + b)  # noqa: E731
-    x = deqkit.solve(f, torch.zeros_like(b), args=(p,), **TIGHT).value
-    (first,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
-    whole = deqkit.solve(lambda x, q: torch.tanh(x @ (0.4 * q).T + b), torch.zeros_like(b), args=(p,), **TIGHT).value
-    torch.testing.assert_close(first, torch.autograd.grad(whole.sum(), a)[0])
-    with pytest.raises(RuntimeError, match="only as its arguments"):
-        torch.autograd.grad(x.sum(), a, create_graph=True)
 
 
 def test_a_parameter_that_the_derivative_does_not_need_may_change_in_place() -> None:

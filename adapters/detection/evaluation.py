@@ -15,6 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from adapters.detection.files import written_whole
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The twelve figures of COCO's summary, in its order; s, m, l stand for small, medium and large objects."""
 
@@ -128,6 +130,5 @@ class CocoEvaluation(L.Callback):
         for name, value in figures.items():
             pl_module.log(name, value, prog_bar=name in ("val/AP", "val/AP50"), batch_size=1)
         if self.results_file is not None:
-            partial = self.results_file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.results))
-            partial.replace(self.results_file)
+            with written_whole(self.results_file) as partial:
+                partial.write_text(json.dumps(self.results))

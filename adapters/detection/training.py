@@ -26,6 +26,7 @@ import deqkit
 from adapters.detection import builders
 from adapters.detection.data.module import Batch
 from adapters.detection.necks import ImplicitFPN
+from adapters.detection.necks.blocks import group_count
 
 ARCHITECTURES = ("resnet18", "resnet50")
 NECKS = ("ifpn", "fpn")
@@ -88,7 +89,7 @@ class DetectorConfig:
             "anchor_generator": AnchorGenerator(sides, (ANCHOR_RATIOS,) * 5),  # pyright: ignore[reportArgumentType]
         }
         if self.head_norm:
-            norm = partial(nn.GroupNorm, self.neck_channels // 8 if self.neck_channels % 8 == 0 else 1)
+            norm = partial(nn.GroupNorm, group_count(self.neck_channels))
             kwargs["head"] = RetinaNetHead(self.neck_channels, ANCHORS_PER_CELL, self.num_classes, norm_layer=norm)
         if self.neck == "ifpn":
             # What does not converge is counted in the logs: a warning at every step would bury everything else.

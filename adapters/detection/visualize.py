@@ -5,7 +5,6 @@ Everything is drawn on matplotlib figures that are never shown, so no display is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet
 
 import deqkit
+from adapters.detection.files import written_whole
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
     return path
 
 
