@@ -1,15 +1,17 @@
 """Deep equilibrium layers for PyTorch: solve x* = f(x*), differentiate through it, and know how well it went."""
 
+from deqkit import nn
 from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
 from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 from deqkit.loop import StepInfo
 from deqkit.solution import AdjointStats, Solution, Status
-from deqkit.solvers import Anderson, Broyden, FixedPointIteration, Solver
+from deqkit.solvers import GMRES, Anderson, Broyden, FixedPointIteration, NewtonKrylov, Solver
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
     "JFB",
     "Adjoint",
     "AdjointStats",
@@ -20,6 +22,7 @@ __all__ = [
     "FixedPointIteration",
     "ImplicitAdjoint",
     "NeumannAdjoint",
+    "NewtonKrylov",
     "PhantomAdjoint",
     "Solution",
     "Solver",
@@ -27,5 +30,6 @@ __all__ = [
     "StepInfo",
     "UnrolledAdjoint",
     "__version__",
+    "nn",
     "solve",
 ]

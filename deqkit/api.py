@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,8 @@ def solve(
     batch_dims: int = 1,
     on_failure: Literal["warn", "raise", "ignore"] = "warn",
     trace: bool = False,
+    keep: Iterable[int] = (),
+    has_aux: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
 ) -> Solution:
     """Find the fixed point x* = f(x*, *args), sample by sample, and make it differentiable.
@@ -64,6 +67,10 @@ def solve(
         on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
             `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.
         trace: whether to record the relative residual of every evaluation.
+        keep: steps whose points go into `Solution.states`, for a loss on the trajectory. Each has a gradient of its
+            own, which costs as much as that of the value; 0 is x0, a step beyond the last gives the value.
+        has_aux: f returns a pair ``(f(x), aux)``; the aux of the returned value goes into `Solution.aux`, at the price
+            of one more call of f.
         callback: called with a `StepInfo` after every evaluation of the forward solve.
 
     Returns:
@@ -80,13 +87,14 @@ def solve(
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     max_steps, batch_dims = _as_count("max_steps", max_steps), _as_count("batch_dims", batch_dims)
-    _check_settings(args, on_failure, trace, callback)
+    keep = _as_steps(keep)
+    _check_settings(args, on_failure, trace, has_aux, callback)
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
-    termination = Termination(rtol, atol, patience=patience_for(max_steps))
+    termination = Termination(rtol, atol, patience=patience_for(max_steps, solver.blind_steps))
     _check_forward_mode(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
-    evaluator = adjoint.prepare(Evaluator(f, layout, args))
+    evaluator = adjoint.prepare(Evaluator(_first_of_two(f) if has_aux else f, layout, args))
     tolerances = {"rtol": termination.rtol, "atol": termination.atol}
     settings = {"solver": solver.name, **tolerances}
     if layout.num_samples == 0:
@@ -105,17 +113,25 @@ def solve(
                 max_steps=max_steps,
                 norm=state_norm,
                 trace=trace,
+                keep=keep,
                 callback=callback,
             )
-        x = adjoint.attach(problem, result.x) if torch.is_grad_enabled() else result.x
+        x, states = result.x, {step: result.kept.get(step, result.x) for step in sorted(keep)}
+        if torch.is_grad_enabled():
+            x = adjoint.attach(problem, x)
+            states = {k: adjoint.attach(replace(problem, stats=AdjointStats()), at) for k, at in states.items()}
+    value = layout.unpack(x)
+    aux = f(value, *args)[1] if has_aux else None
     solution = Solution(
-        value=layout.unpack(x),
+        value=value,
         status=layout.per_sample(result.status),
         residual=layout.per_sample(result.residual),
         relative_residual=layout.per_sample(result.relative_residual),
         num_steps=layout.per_sample(result.num_steps),
-        num_fn_evals=evaluator.num_calls,
+        num_fn_evals=evaluator.num_calls + has_aux,
         trace=None if result.trace is None else layout.per_sample(result.trace),
+        states={step: layout.unpack(at) for step, at in states.items()},
+        aux=aux,
         adjoint_stats=problem.stats,
         **settings,
     )
@@ -130,15 +146,38 @@ def _as_count(name: str, value: Any) -> int:
     return value
 
 
-def _check_settings(args: Any, on_failure: Any, trace: Any, callback: Any) -> None:
+def _as_steps(keep: Any) -> frozenset[int]:
+    if isinstance(keep, str) or not isinstance(keep, Iterable):
+        raise TypeError(f"keep must be the numbers of some steps, such as (2, 5), got {keep!r}")
+    return frozenset(_as_count("every step in keep", step) for step in keep)
+
+
+def _first_of_two(f: Callable[..., Any]) -> Callable[..., Any]:
+    """F without its auxiliary output.
+
+    Raises:
+        TypeError: it does not return a pair.
+    """
+
+    def first(x: Any, *args: Any) -> Any:
+        out = f(x, *args)
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"has_aux=True: f must return a pair (f(x), aux), got {type(out).__name__}")
+        return out[0]
+
+    return first
+
+
+def _check_settings(args: Any, on_failure: Any, trace: Any, has_aux: Any, callback: Any) -> None:
     if not isinstance(args, tuple):
         raise TypeError(
             f"args must be a tuple of further arguments of f, got {type(args).__name__}; for one: args=(b,)"
         )
     if on_failure not in _POLICIES:
         raise ValueError(f"unknown on_failure {on_failure!r}: choose one of {list(_POLICIES)}")
-    if not isinstance(trace, bool):
-        raise TypeError(f"trace must be True or False, got {trace!r}")
+    for name, flag in (("trace", trace), ("has_aux", has_aux)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 

@@ -86,6 +86,12 @@ def write_column(matrix: Tensor, slot: int, column: Tensor) -> Tensor:
     return write_row(matrix.transpose(1, 2), slot, column).transpose(1, 2)
 
 
+def dot(a: Blocks, b: Blocks) -> Tensor:
+    """Inner product of two states per sample, shape (B,)."""
+    products = [torch.linalg.vecdot(x, y) for x, y in zip(a, b, strict=True)]
+    return sum(products[1:], start=products[0])
+
+
 # Norms whose squares a dtype holds with room to spare, so that nothing of weight under- or overflowed in their sum.
 _SAFE_NORMS = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e150)}
 

@@ -4,12 +4,16 @@ Every sample runs its own race. After each evaluation a sample that has converge
 finite numbers is frozen at its best point; `torch.where` keeps what is frozen apart from what goes on, so that a NaN in
 one sample cannot reach another. The points are never written in place, so the best one is kept by reference as long as
 the whole batch improves.
+
+A step that leaves the domain of f, where f is not finite, is taken back: the sample goes on from its best point with a
+damped plain step, shorter each time, and is given up as not finite when `_MAX_RETREATS` in a row were in vain. The
+solver is shown the best point again instead of the one outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from deqkit.solution import Status
 from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Patience, Termination
+
+_MAX_RETREATS = 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class LoopResult:
     relative_residual: Tensor
     num_steps: Tensor
     trace: Tensor | None  # (evaluations, B)
+    kept: dict[int, Blocks]  # points by step, of those asked for that were reached
 
 
 def run(
@@ -63,6 +70,7 @@ def run(
     max_steps: int,
     norm: StateNorm,
     trace: bool = False,
+    keep: Collection[int] = (),
     callback: Callable[[StepInfo], None] | None = None,
 ) -> LoopResult:
     """Iterate ``solver`` on ``f`` from ``x0`` until every sample has ended.
@@ -75,6 +83,7 @@ def run(
         max_steps: limit of solver steps; f is evaluated at most max_steps + 1 times.
         norm: residual and scale per sample.
         trace: whether to keep the relative residual of every evaluation.
+        keep: steps whose points are wanted.
         callback: called after every evaluation.
 
     Returns:
@@ -83,7 +92,10 @@ def run(
     state = solver.start()
     x = tuple(b.clone() for b in x0)
     book: _Book | None = None
+    kept: dict[int, Blocks] = {}
     for step in range(max_steps + 1):
+        if step in keep:
+            kept[step] = x
         # The last point of an unrolled solve is evaluated only to be measured: nothing is differentiated through it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and step < max_steps):
             fx = f(x)
@@ -91,23 +103,38 @@ def run(
         with torch.no_grad():
             residual, scale, distance = termination.measure(*norm(r, fx))
             if book is None:
-                book = _Book(x, residual, scale, termination, trace)
+                book = _Book(x, r, residual, scale, termination, trace)
             book.record(step, residual, scale, distance)
             if callback is not None:
                 _tell(callback, f, step, x, book)
-        all_active, none_active = book.look(step, x, solver.check_every)
-        if none_active or step == max_steps:
+        look = book.look(step, x, r, solver.check_every)
+        if look.none_active or step == max_steps:
             break
-        new = f.layout.round(state.step(Point(x, fx, r, residual, distance)))
-        x = new if all_active else linalg.where(book.active, new, book.best_x)
+        point = Point(x, fx, r, residual, distance, max_steps - step, f.resolution)
+        new = state.step(book.inside(point) if look.any_outside else point)
+        if look.any_outside:
+            new = linalg.where(book.outside, book.retreat(), new)
+        new = f.layout.round(new)
+        x = new if look.all_active else linalg.where(book.active, new, book.best_x)
     assert book is not None
-    return book.result()
+    return book.result(kept)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the host knows of the batch; nothing is ruled out where it did not look."""
+
+    all_active: bool = False
+    none_active: bool = False
+    any_outside: bool = True
 
 
 class _Book:
     """The records of a solve, one entry per sample."""
 
-    def __init__(self, x: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool) -> None:
+    def __init__(
+        self, x: Blocks, r: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool
+    ) -> None:
         self.termination = termination
         self.patience = Patience(termination, residual, scale)
         self.active = torch.ones_like(residual, dtype=torch.bool)
@@ -115,7 +142,9 @@ class _Book:
         self.better = self.active
         self.status = torch.full_like(residual, Status.MAX_STEPS, dtype=torch.int64)
         self.num_steps = torch.zeros_like(self.status)
-        self.best_x = x
+        self.outside = ~self.active  # where f was not finite just now, and another try is granted
+        self.retreats = torch.zeros_like(self.status)  # tries in a row
+        self.best_x, self.best_r = x, r
         self.best_distance = torch.full_like(residual, torch.inf)
         self.best_residual, self.best_scale = residual, scale
         self.trace: list[Tensor] | None = [] if trace else None
@@ -135,33 +164,59 @@ class _Book:
 
     def _end(self, distance: Tensor) -> None:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
+        not_finite = torch.isnan(distance)
+        if not self.termination.fixed_steps:
+            found = torch.isfinite(self.best_distance)
+            self.outside = self.active & not_finite & found & (self.retreats < _MAX_RETREATS)
+            self.retreats = torch.where(self.outside, self.retreats + 1, 0)
         reasons = [
             (Status.CONVERGED, distance <= self.termination.target),
-            (Status.NONFINITE, torch.isnan(distance)),
+            (Status.NONFINITE, not_finite),
         ]
         if not self.termination.fixed_steps:
             stagnated = self.patience.stagnated(distance)
             reasons.insert(0, (Status.STAGNATED, stagnated))
             reasons.insert(1, (Status.DIVERGED, self.patience.diverged(self.residual, stagnated)))
-        for status, ended in reasons:
+        for status, met in reasons:
+            ended = met & ~self.outside
             self.status = torch.where(self.was_active & ended, status, self.status)
             self.active = self.active & ~ended
 
-    def look(self, step: int, x: Blocks, check_every: int) -> tuple[bool, bool]:
-        """Settle the best point now that ``x`` is recorded, and ask the device how many go on (one synchronisation).
-
-        Returns:
-            Whether all samples go on, and whether none does; (False, False) where nobody looked.
-        """
+    def look(self, step: int, x: Blocks, r: Blocks, check_every: int) -> _Look:
+        """Settle the best point now that ``x`` is recorded, and ask the device how it stands (one synchronisation)."""
         if self.termination.fixed_steps or step % check_every:
-            self.best_x = linalg.where(self.better, x, self.best_x)
-            return False, False
+            self._keep_best(x, r)
+            return _Look(any_outside=not self.termination.fixed_steps)
         total = self.active.numel()
-        going_on, better = torch.stack([self.active.sum(), self.better.sum()]).tolist()
-        self.best_x = x if better == total else linalg.where(self.better, x, self.best_x)
-        return going_on == total, going_on == 0
+        going_on, better, outside = torch.stack([self.active.sum(), self.better.sum(), self.outside.sum()]).tolist()
+        if better == total:
+            self.best_x, self.best_r = x, r
+        elif better:
+            self._keep_best(x, r)
+        return _Look(going_on == total, going_on == 0, outside > 0)
 
-    def result(self) -> LoopResult:
+    def _keep_best(self, x: Blocks, r: Blocks) -> None:
+        self.best_x = linalg.where(self.better, x, self.best_x)
+        self.best_r = linalg.where(self.better, r, self.best_r)
+
+    def inside(self, point: Point) -> Point:
+        """The point, with the best one in its place for samples that are outside."""
+        fx = tuple(torch.add(a, b) for a, b in zip(self.best_x, self.best_r, strict=True))
+        return replace(
+            point,
+            x=linalg.where(self.outside, self.best_x, point.x),
+            fx=linalg.where(self.outside, fx, point.fx),
+            r=linalg.where(self.outside, self.best_r, point.r),
+            residual=torch.where(self.outside, self.best_residual, point.residual),
+            distance=torch.where(self.outside, self.best_distance, point.distance),
+        )
+
+    def retreat(self) -> Blocks:
+        """Where the samples that are outside try next."""
+        length = (0.5**self.retreats).to(self.best_x[0].dtype).unsqueeze(1)
+        return tuple(torch.add(a, length * b) for a, b in zip(self.best_x, self.best_r, strict=True))
+
+    def result(self, kept: dict[int, Blocks]) -> LoopResult:
         """What the loop returns, measured sizes in the working dtype."""
         dtype = self.best_x[0].dtype
         relative = _relative(self.best_residual, self.best_scale).to(dtype)
@@ -169,7 +224,7 @@ class _Book:
         # A lazy look lets the loop run on after all samples have ended: nothing was measured there.
         if trace is not None and not (self.termination.fixed_steps or torch.compiler.is_compiling()):
             trace = trace[: int(self.num_steps.max()) + 1]
-        return LoopResult(self.best_x, self.status, self.best_residual.to(dtype), relative, self.num_steps, trace)
+        return LoopResult(self.best_x, self.status, self.best_residual.to(dtype), relative, self.num_steps, trace, kept)
 
 
 def _relative(residual: Tensor, scale: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ class Solution:
         num_fn_evals: how often f was called, the evaluations that only carry the gradient included.
         trace: relative residuals (evaluations, batch) if asked for, else None. Row 0 belongs to x0. A sample that has
             ended is not measured any more: NaN.
+        states: the points of the steps that were asked for, by step, like `value`; differentiable, with the gradient
+            that the adjoint would give them if they were the answer. Where a sample had ended by then: its value.
+        aux: the second output of f at `value`, under ``has_aux=True``; differentiable.
         adjoint_stats: filled in by a backward pass through `value`.
         solver: name of the solver.
         rtol: the relative tolerance that was asked for.
@@ -88,6 +91,8 @@ class Solution:
     num_steps: Tensor
     num_fn_evals: int
     trace: Tensor | None = None
+    states: dict[int, Any] = field(default_factory=dict)
+    aux: Any = None
     adjoint_stats: AdjointStats = field(default_factory=AdjointStats)
     solver: str = ""
     rtol: float = 0.0
@@ -99,8 +104,9 @@ class Solution:
         return self.status == Status.CONVERGED
 
     def detach(self) -> Solution:
-        """The same solution with a value that holds no autograd graph; `adjoint_stats` stays shared."""
-        return replace(self, value=tree_map(torch.Tensor.detach, self.value))
+        """The same solution with tensors that hold no autograd graph; `adjoint_stats` stays shared."""
+        tensors = {name: tree_map(_detached, getattr(self, name)) for name in ("value", "states", "aux")}
+        return replace(self, **tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
         copied = copy.copy(self.detach())  # tensors with a graph refuse to be copied
@@ -118,6 +124,10 @@ class Solution:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def failure_counts(status: Tensor) -> str:

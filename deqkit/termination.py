@@ -90,9 +90,14 @@ class Termination:
         return 0.0 if self.fixed_steps else 1.0
 
 
-def patience_for(max_steps: int) -> int:
-    """Steps without progress that a solve of ``max_steps`` is granted: who allows for many expects slow ones."""
-    return max(30, max_steps // 4)
+def patience_for(max_steps: int, blind_steps: int = 0) -> int:
+    """Steps without progress that a solve is granted.
+
+    Args:
+        max_steps: limit of its steps: who allows for many expects slow ones.
+        blind_steps: the solver's, see `deqkit.solvers.base.Solver`.
+    """
+    return max(30, max_steps // 4, 2 * blind_steps)
 
 
 class Patience:

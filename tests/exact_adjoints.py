@@ -13,6 +13,8 @@ EXACT = {
     "implicit_fixed_point": deqkit.ImplicitAdjoint("fixed_point", rtol=1e-13, max_steps=400),
     "implicit_anderson": deqkit.ImplicitAdjoint("anderson", rtol=1e-13, max_steps=100),
     "implicit_broyden": deqkit.ImplicitAdjoint("broyden", rtol=1e-13, max_steps=100),
+    "implicit_newton_krylov": deqkit.ImplicitAdjoint("newton_krylov", rtol=1e-13, max_steps=100),
+    "implicit_gmres": deqkit.ImplicitAdjoint("gmres", rtol=1e-13, max_steps=100),
     "unrolled": deqkit.UnrolledAdjoint(),
     "unrolled_checkpointed": deqkit.UnrolledAdjoint(checkpoint=True),
 }

@@ -17,6 +17,7 @@ LAYERS = [
     {"loop"},
     {"adjoints"},
     {"api"},
+    {"nn"},
 ]
 LEVEL = {f"deqkit.{name}": level for level, names in enumerate(LAYERS) for name in names}
 

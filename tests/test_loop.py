@@ -63,12 +63,12 @@ def test_stops_at_the_first_point_within_tolerance() -> None:
 
 @pytest.mark.parametrize("check_every", [1, 2, 3, 7])
 def test_samples_end_each_at_their_own_step(check_every: int) -> None:
-    table = [[1.0, 1.0, 1.0], [0.5, 0.005, float("nan")], [0.2, 7.0, 7.0], [0.001, 7.0, 7.0], [9.0, 9.0, 9.0]]
+    table = [[1.0, 1.0, float("nan")], [0.5, 0.005, 7.0], [0.2, 7.0, 7.0], [0.001, 7.0, 7.0], [9.0, 9.0, 9.0]]
     f, result = run(table, check_every=check_every)
-    assert result.num_steps.tolist() == [3, 1, 1]
+    assert result.num_steps.tolist() == [3, 1, 0]
     assert result.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
     assert result.x[0].flatten().tolist() == [4.0, 2.0, 1.0]
-    assert result.residual.tolist() == [0.001, 0.005, 1.0]
+    assert result.residual[:2].tolist() == [0.001, 0.005] and result.residual[2].isnan()
     assert f.num_calls == {1: 4, 2: 5, 3: 4, 7: 5}[check_every]
 
 
@@ -77,6 +77,34 @@ def test_best_point_is_kept_when_later_ones_are_worse() -> None:
     assert result.x[0].flatten().tolist() == [2.0, 1.0]
     assert result.residual.tolist() == [0.3, 0.1]
     assert result.status.tolist() == [Status.MAX_STEPS] * 2 and result.num_steps.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize(("edge", "steps"), [(1.0, 4), (0.3, 6), (0.01, 5)])
+def test_a_step_out_of_the_domain_is_taken_back(edge: float, steps: int, check_every: int) -> None:
+    """f(x) = 1 up to an edge. The solver jumps to 5, then to 4, whatever it is shown; in between: 1/2, 1/4, 1/8, 1/16."""
+    layout = StateLayout(torch.zeros(1, 1), 1)
+    seen: list[float] = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.item())
+        return torch.where(x <= edge, torch.ones_like(x), torch.nan)
+
+    solver = Scripted(
+        tuple(torch.full((1, 1), float(p)) for p in (5, 4, 0.25, 0.2, 0.1, 0.05)), check_every=check_every
+    )
+    evaluator = Evaluator(f, layout)
+    result = loop.run(
+        evaluator, layout.pack(torch.zeros(1, 1)), solver, Termination(1e-9), max_steps=steps, norm=norms.l2
+    )
+    if edge == 1.0:
+        assert seen[:3] == [0.0, 5.0, 0.5] and result.status.item() == Status.MAX_STEPS
+    elif edge == 0.3:
+        assert seen[:4] == [0.0, 5.0, 0.5, 0.25] and result.status.item() == Status.MAX_STEPS
+    else:
+        assert seen[:6] == [0.0, 5.0, 0.5, 0.25, 0.125, 0.0625] and result.status.item() == Status.NONFINITE
+        assert result.x[0].item() == 0.0 and result.num_steps.item() == 5
+    assert result.residual.isfinite().all()
 
 
 def test_divergence_is_measured_from_the_start() -> None:

@@ -15,7 +15,7 @@ from deqkit.solvers.base import Point, SolverState
 
 def visit(state: SolverState, x: Tensor, fx: Tensor) -> Tensor:
     residual = (fx - x).norm(dim=1)
-    return state.step(Point((x,), (fx,), (fx - x,), residual, residual / fx.norm(dim=1)))[0]
+    return state.step(Point((x,), (fx,), (fx - x,), residual, residual / fx.norm(dim=1), 100, 1e-16))[0]
 
 
 def random_points(n: int, count: int) -> list[tuple[Tensor, Tensor]]:

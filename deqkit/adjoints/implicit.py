@@ -72,7 +72,8 @@ class ImplicitAdjoint(Adjoint):
         rtol = self.rtol
         if rtol is None:
             rtol = problem.rtol or (_DEFAULT_RTOL if problem.atol else 0.0)
-        return Termination(rtol, patience=patience_for(self.limit(problem)))
+        blind_steps = make_solver(self.solver).blind_steps
+        return Termination(rtol, patience=patience_for(self.limit(problem), blind_steps))
 
     def limit(self, problem: Problem) -> int:
         """The step limit of the adjoint solve of ``problem``."""

@@ -4,8 +4,11 @@ from deqkit.solvers.anderson import Anderson
 from deqkit.solvers.base import Point, Solver, SolverState
 from deqkit.solvers.broyden import Broyden
 from deqkit.solvers.fixed_point import FixedPointIteration
+from deqkit.solvers.newton_krylov import GMRES, NewtonKrylov
 
-SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden)}
+SOLVERS: dict[str, type[Solver]] = {
+    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES)
+}
 
 
 def make_solver(solver: str | Solver) -> Solver:
@@ -26,10 +29,12 @@ def make_solver(solver: str | Solver) -> Solver:
 
 
 __all__ = [
+    "GMRES",
     "SOLVERS",
     "Anderson",
     "Broyden",
     "FixedPointIteration",
+    "NewtonKrylov",
     "Point",
     "Solver",
     "SolverState",

@@ -50,7 +50,7 @@ class Anderson(Solver):
     """
 
     name: ClassVar[str] = "anderson"
-    history: int = 8
+    history: int = 50
     mixing: float = 1.0
     ridge: float | None = None
     restart_factor: float = 10.0

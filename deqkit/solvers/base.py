@@ -24,6 +24,8 @@ class Point:
         r: the residual f(x) - x.
         residual: the norm of r, (B,), without gradient.
         distance: `Termination.distance` of the point, (B,), without gradient.
+        steps_left: how many more points the solve may evaluate.
+        resolution: relative precision of a value of f.
     """
 
     x: Blocks
@@ -31,6 +33,8 @@ class Point:
     r: Blocks
     residual: Tensor
     distance: Tensor
+    steps_left: int
+    resolution: float
 
 
 class SolverState(Protocol):
@@ -55,6 +59,11 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         require_int(self, "check_every", minimum=1)
+
+    @property
+    def blind_steps(self) -> int:
+        """The most steps in a row that may bring no better point although all goes well."""
+        return 0
 
     @abstractmethod
     def start(self) -> SolverState:
