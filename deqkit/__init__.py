@@ -6,7 +6,7 @@ from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 from deqkit.loop import StepInfo
 from deqkit.solution import AdjointStats, Solution, Status
-from deqkit.solvers import GMRES, Anderson, Broyden, FixedPointIteration, NewtonKrylov, Solver
+from deqkit.solvers import GMRES, Anderson, Auto, Broyden, FixedPointIteration, NewtonKrylov, Solver
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "Adjoint",
     "AdjointStats",
     "Anderson",
+    "Auto",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",

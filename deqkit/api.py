@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from deqkit import loop
+from deqkit import stages
 from deqkit.adjoints import Adjoint, Problem, make_adjoint
 from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
@@ -19,7 +19,7 @@ from deqkit.solution import AdjointStats, Solution, report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import as_int
 from deqkit.state import Evaluator, StateLayout, without_autocast
-from deqkit.termination import Termination, patience_for
+from deqkit.termination import Termination
 
 _POLICIES = ("warn", "raise", "ignore")
 
@@ -55,12 +55,14 @@ def solve(
             and must not mix samples. It may close over parameters: they get their gradients.
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
-        solver: "fixed_point", "anderson", "broyden", or a solver object.
+        solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then Newton-Krylov for the samples
+            that it leaves unsolved), "gmres" (for an affine f), or a solver object.
         adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), the approximate "jfb", "neumann" and
             "phantom", or an adjoint object.
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
-        max_steps: limit of solver steps; f is evaluated at most once more than that, and once for the gradient.
+        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": twice), and once for
+            the gradient.
         norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the relatively worst
             leaf, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.
@@ -90,7 +92,7 @@ def solve(
     keep = _as_steps(keep)
     _check_settings(args, on_failure, trace, has_aux, callback)
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
-    termination = Termination(rtol, atol, patience=patience_for(max_steps, solver.blind_steps))
+    termination = Termination(rtol, atol)
     _check_forward_mode(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
@@ -105,7 +107,7 @@ def solve(
     )
     with without_autocast(layout.device):
         with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
-            result = loop.run(
+            result = stages.run(
                 evaluator,
                 layout.pack(x0),
                 solver,

@@ -69,6 +69,7 @@ def run(
     *,
     max_steps: int,
     norm: StateNorm,
+    active: Tensor | None = None,
     trace: bool = False,
     keep: Collection[int] = (),
     callback: Callable[[StepInfo], None] | None = None,
@@ -82,6 +83,8 @@ def run(
         termination: when a sample has ended.
         max_steps: limit of solver steps; f is evaluated at most max_steps + 1 times.
         norm: residual and scale per sample.
+        active: which samples to solve, bool (B,); None for all. The others stay where they are, with a status that
+            means nothing.
         trace: whether to keep the relative residual of every evaluation.
         keep: steps whose points are wanted.
         callback: called after every evaluation.
@@ -103,7 +106,7 @@ def run(
         with torch.no_grad():
             residual, scale, distance = termination.measure(*norm(r, fx))
             if book is None:
-                book = _Book(x, r, residual, scale, termination, trace)
+                book = _Book(x, r, residual, scale, termination, trace, active)
             book.record(step, residual, scale, distance)
             if callback is not None:
                 _tell(callback, f, step, x, book)
@@ -133,16 +136,23 @@ class _Book:
     """The records of a solve, one entry per sample."""
 
     def __init__(
-        self, x: Blocks, r: Blocks, residual: Tensor, scale: Tensor, termination: Termination, trace: bool
+        self,
+        x: Blocks,
+        r: Blocks,
+        residual: Tensor,
+        scale: Tensor,
+        termination: Termination,
+        trace: bool,
+        active: Tensor | None,
     ) -> None:
         self.termination = termination
         self.patience = Patience(termination, residual, scale)
-        self.active = torch.ones_like(residual, dtype=torch.bool)
+        self.active = torch.ones_like(residual, dtype=torch.bool) if active is None else active
         self.was_active = self.active
         self.better = self.active
         self.status = torch.full_like(residual, Status.MAX_STEPS, dtype=torch.int64)
         self.num_steps = torch.zeros_like(self.status)
-        self.outside = ~self.active  # where f was not finite just now, and another try is granted
+        self.outside = torch.zeros_like(self.active)  # where f was not finite just now, and another try is granted
         self.retreats = torch.zeros_like(self.status)  # tries in a row
         self.best_x, self.best_r = x, r
         self.best_distance = torch.full_like(residual, torch.inf)

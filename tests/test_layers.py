@@ -14,7 +14,7 @@ LAYERS = [
     {"state", "norms", "linalg"},
     {"errors", "solution", "termination"},
     {"solvers"},
-    {"loop"},
+    {"loop", "stages"},
     {"adjoints"},
     {"api"},
     {"nn"},

@@ -82,7 +82,7 @@ def test_best_point_is_kept_when_later_ones_are_worse() -> None:
 @pytest.mark.parametrize("check_every", [1, 3])
 @pytest.mark.parametrize(("edge", "steps"), [(1.0, 4), (0.3, 6), (0.01, 5)])
 def test_a_step_out_of_the_domain_is_taken_back(edge: float, steps: int, check_every: int) -> None:
-    """f(x) = 1 up to an edge. The solver jumps to 5, then to 4, whatever it is shown; in between: 1/2, 1/4, 1/8, 1/16."""
+    """f(x) = 1 up to an edge. The solver jumps to 5, 4, ..., whatever it is shown; instead: 1/2, 1/4, 1/8, 1/16."""
     layout = StateLayout(torch.zeros(1, 1), 1)
     seen: list[float] = []
 

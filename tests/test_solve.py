@@ -22,6 +22,8 @@ SOLVERS = {
     "broyden": deqkit.Broyden(),
     "broyden_short": deqkit.Broyden(history=3),
     "broyden_1": deqkit.Broyden(history=1),
+    "auto": deqkit.Auto(),
+    "auto_short": deqkit.Auto(deqkit.FixedPointIteration(), deqkit.Anderson(history=3)),
     "newton_krylov": deqkit.NewtonKrylov(),
     "newton_krylov_short": deqkit.NewtonKrylov(history=3),
 }
@@ -154,7 +156,7 @@ def test_a_bad_sample_costs_its_neighbours_nothing(solver: str) -> None:
     assert torch.isfinite(sol.value).all()
     assert torch.equal(sol.value[[0, 3]], clean.value[[0, 3]])
     assert torch.equal(sol.num_steps[[0, 3]], clean.num_steps[[0, 3]])
-    assert sol.num_steps[1] == 5 and torch.isfinite(sol.residual[1])
+    assert sol.num_steps[1] in (5, 10) and torch.isfinite(sol.residual[1])
 
 
 def test_converged_samples_are_frozen() -> None:

@@ -22,14 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deqkit import loop
+from deqkit import stages
 from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, vjp
 from deqkit.adjoints.dependencies import Dependencies, direct_gradients
 from deqkit.solution import report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
 from deqkit.state import Blocks, Evaluator, StateLayout, without_autocast
-from deqkit.termination import Termination, patience_for
+from deqkit.termination import Termination
 
 # Used where the forward solve has only an absolute tolerance, in units that cotangents do not share.
 _DEFAULT_RTOL = 1e-4
@@ -72,8 +72,7 @@ class ImplicitAdjoint(Adjoint):
         rtol = self.rtol
         if rtol is None:
             rtol = problem.rtol or (_DEFAULT_RTOL if problem.atol else 0.0)
-        blind_steps = make_solver(self.solver).blind_steps
-        return Termination(rtol, patience=patience_for(self.limit(problem), blind_steps))
+        return Termination(rtol)
 
     def limit(self, problem: Problem) -> int:
         """The step limit of the adjoint solve of ``problem``."""
@@ -85,7 +84,7 @@ class ImplicitAdjoint(Adjoint):
         f = Evaluator(lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), layout)
         solver, termination = make_solver(self.solver), self.termination(problem)
         with torch.no_grad():
-            result = loop.run(f, g, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
+            result = stages.run(f, g, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
         stats, per_sample = problem.stats, problem.f.layout.per_sample
         stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
         stats.residual, stats.relative_residual = per_sample(result.residual), per_sample(result.relative_residual)

@@ -1,13 +1,14 @@
 """L2. The solvers, and the names they go by. A new one is one file and one line here."""
 
 from deqkit.solvers.anderson import Anderson
+from deqkit.solvers.auto import Auto
 from deqkit.solvers.base import Point, Solver, SolverState
 from deqkit.solvers.broyden import Broyden
 from deqkit.solvers.fixed_point import FixedPointIteration
 from deqkit.solvers.newton_krylov import GMRES, NewtonKrylov
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES)
+    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, Auto)
 }
 
 
@@ -32,6 +33,7 @@ __all__ = [
     "GMRES",
     "SOLVERS",
     "Anderson",
+    "Auto",
     "Broyden",
     "FixedPointIteration",
     "NewtonKrylov",

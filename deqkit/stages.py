@@ -1,0 +1,88 @@
+"""L3. Loops in a row: what one solver leaves unsolved goes to the next, from its best point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deqkit import linalg, loop
+from deqkit.loop import LoopResult, StepInfo
+from deqkit.norms import StateNorm
+from deqkit.solution import Status
+from deqkit.solvers.base import Solver
+from deqkit.state import Blocks, Evaluator
+from deqkit.termination import Termination, patience_for
+
+
+def run(
+    f: Evaluator,
+    x0: Blocks,
+    solver: Solver,
+    termination: Termination,
+    *,
+    max_steps: int,
+    norm: StateNorm,
+    trace: bool = False,
+    keep: Collection[int] = (),
+    callback: Callable[[StepInfo], None] | None = None,
+) -> LoopResult:
+    """`deqkit.loop.run` for each stage of ``solver`` in turn, until all samples are solved or the steps are used up.
+
+    Every stage evaluates its starting points once more. Steps are counted through; the trace holds those points once.
+
+    Args:
+        f: see `deqkit.loop.run`, as for the others.
+        x0: see there.
+        solver: settings of the solver, or of several.
+        termination: when a sample is done; the patience of each stage is set here.
+        max_steps: limit of the steps of all stages together.
+        norm: see there.
+        trace: see there.
+        keep: see there.
+        callback: see there.
+    """
+    stages = solver.stages(max_steps)
+    if termination.fixed_steps:  # there is no failure to see
+        stages = [(stages[0][0], max_steps)]
+    result: LoopResult | None = None
+    for stage, steps in stages:
+        limits = replace(termination, patience=patience_for(steps, stage.blind_steps))
+        if result is None:
+            result = loop.run(
+                f, x0, stage, limits, max_steps=steps, norm=norm, trace=trace, keep=keep, callback=callback
+            )  # fmt: skip
+            continue
+        failed = result.status != Status.CONVERGED
+        if steps == 0 or not bool(failed.any()):
+            break
+        done = int(result.num_steps.max())
+        later = loop.run(
+            f, result.x, stage, limits, max_steps=steps, norm=norm, active=failed, trace=trace,
+            keep=[k - done for k in keep], callback=_counting_on(callback, done),
+        )  # fmt: skip
+        result = _merge(result, later, failed, done)
+    assert result is not None
+    return result
+
+
+def _counting_on(callback: Callable[[StepInfo], None] | None, done: int) -> Callable[[StepInfo], None] | None:
+    return None if callback is None else lambda info: callback(replace(info, step=done + info.step))
+
+
+def _merge(first: LoopResult, later: LoopResult, failed: Tensor, done: int) -> LoopResult:
+    """The records of two stages, the later one for the samples on which the first had failed."""
+    trace = None
+    if first.trace is not None and later.trace is not None:
+        trace = torch.cat([first.trace, later.trace[1:]])
+    return LoopResult(
+        x=linalg.where(failed, later.x, first.x),
+        status=torch.where(failed, later.status, first.status),
+        residual=torch.where(failed, later.residual, first.residual),
+        relative_residual=torch.where(failed, later.relative_residual, first.relative_residual),
+        num_steps=torch.where(failed, first.num_steps + later.num_steps, first.num_steps),
+        trace=trace,
+        kept=first.kept | {done + k: x for k, x in later.kept.items() if k > 0},
+    )
