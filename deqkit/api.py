@@ -55,7 +55,7 @@ def solve(
             and must not mix samples. It may close over parameters: they get their gradients.
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
-        solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then Newton-Krylov for the samples
+        solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then Broyden for the samples
             that it leaves unsolved), "gmres" (for an affine f), or a solver object.
         adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), the approximate "jfb", "neumann" and
             "phantom", or an adjoint object.

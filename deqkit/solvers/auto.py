@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from deqkit.solvers.anderson import Anderson
 from deqkit.solvers.base import Solver, SolverState
-from deqkit.solvers.newton_krylov import NewtonKrylov
+from deqkit.solvers.broyden import Broyden
 
 
 @dataclass(frozen=True)
 class Auto(Solver):
-    """Anderson acceleration for half of the steps, then Newton-Krylov for the samples that are not solved by then.
+    """Anderson acceleration for half of the steps, then Broyden's method for the samples that are not solved by then.
+
+    Where f contracts, Anderson needs the fewest steps; where it expands, Broyden gets through more often.
 
     The second solver starts from the best point of the first and knows nothing of its history: each sample still fares
     as if it were alone. Samples on which the first solver diverges or stagnates wait for the others and are then taken
@@ -30,7 +32,7 @@ class Auto(Solver):
 
     name: ClassVar[str] = "auto"
     first: Solver = Anderson()
-    then: Solver = NewtonKrylov()
+    then: Solver = Broyden()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,8 +52,8 @@ class Broyden(Solver):
     """
 
     name: ClassVar[str] = "broyden"
-    history: int = 20
-    restart_factor: float = 30.0
+    history: int = 50
+    restart_factor: float = 1000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

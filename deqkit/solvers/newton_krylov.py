@@ -37,8 +37,9 @@ from deqkit import linalg
 from deqkit.solvers.base import Point, Solver, require_float, require_int
 from deqkit.state import Blocks
 
-_DECREASE = 1e-4  # of the residual, that a Newton step must bring relative to its length (Armijo)
-_MAX_HALVINGS = 4  # of a Newton step, before the plain step is taken instead
+_DECREASE = 0.1  # of the residual, that a Newton step must bring relative to its length (Armijo)
+_WINDOW = 8  # Newton steps
+_MAX_HALVINGS = 6  # of a Newton step, before the plain step is taken instead
 _STALLED = 0.9  # where a direction leaves more than this of the linear residual, the next one is the basis vector
 _DEPENDENT = 1e-3  # of a direction's image, in units of the square root of the precision, that must be new
 
@@ -116,7 +117,7 @@ class _State:
         self.probing: Tensor  # (B,)
         self.x: Blocks  # the base
         self.r: Blocks
-        self.residual: Tensor  # (B,), in the norm of the solve
+        self.residuals: Tensor  # (B, w), of the last bases in the norm of the solve
         self.length: Tensor  # (B,), eps
         self.delta: Blocks  # the Newton step so far
         self.linear: Blocks  # what it leaves of r
@@ -150,7 +151,8 @@ class _State:
     def _allocate(self, point: Point) -> None:
         m, batch = self.settings.history, point.residual
         self.started, self.probing = True, torch.zeros_like(batch, dtype=torch.bool)
-        self.x, self.r, self.residual = point.x, point.r, batch
+        self.x, self.r = point.x, point.r
+        self.residuals = torch.zeros(batch.shape[0], _WINDOW, dtype=batch.dtype, device=batch.device)
         self.delta, self.linear = point.r, point.r
         self.length, self.linear_size, self.goal = batch, batch, batch
         self.usable = torch.zeros(batch.shape[0], m, dtype=torch.bool, device=batch.device)
@@ -158,7 +160,7 @@ class _State:
 
     def _sufficient(self, point: Point) -> Tensor:
         """Whether the residual has fallen enough for the length of the step, or the last resort has been taken."""
-        limit = (1 - _DECREASE * 0.5**self.halvings) * self.residual
+        limit = (1 - _DECREASE * 0.5**self.halvings) * self.residuals.amax(dim=1)
         return (point.residual <= limit) | (self.halvings > _MAX_HALVINGS)
 
     def _halve(self, rejected: Tensor) -> None:
@@ -174,7 +176,8 @@ class _State:
         self.x, self.r = linalg.where(settled, point.x, self.x), linalg.where(settled, point.r, self.r)
         self.linear = linalg.where(settled, point.r, self.linear)
         self.delta = linalg.where(settled, tuple(torch.zeros_like(b) for b in point.r), self.delta)
-        self.residual = torch.where(settled, point.residual, self.residual)
+        recent = torch.cat([self.residuals[:, 1:], point.residual.unsqueeze(1)], dim=1)
+        self.residuals = torch.where(settled.unsqueeze(1), recent, self.residuals)
         self.length = torch.where(settled, difference * (linalg.norm(point.x) + size), self.length)
         self.linear_size = torch.where(settled, size, self.linear_size)
         self.usable = self.usable & ~settled.unsqueeze(1)
