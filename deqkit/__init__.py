@@ -4,6 +4,7 @@ from deqkit import nn
 from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
 from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
+from deqkit.gradient_error import GradientError, gradient_error
 from deqkit.loop import StepInfo
 from deqkit.solution import AdjointStats, Solution, Status
 from deqkit.solvers import GMRES, Anderson, Auto, Broyden, FixedPointIteration, NewtonKrylov, Solver
@@ -21,6 +22,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointIteration",
+    "GradientError",
     "ImplicitAdjoint",
     "NeumannAdjoint",
     "NewtonKrylov",
@@ -31,6 +33,7 @@ __all__ = [
     "StepInfo",
     "UnrolledAdjoint",
     "__version__",
+    "gradient_error",
     "nn",
     "solve",
 ]

@@ -17,7 +17,7 @@ LAYERS = [
     {"loop", "stages"},
     {"adjoints"},
     {"api"},
-    {"nn"},
+    {"nn", "gradient_error"},
 ]
 LEVEL = {f"deqkit.{name}": level for level, names in enumerate(LAYERS) for name in names}
 
