@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -13,10 +13,12 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_examples_run(code: str) -> None:
+def test_examples_run() -> None:
+    """One after the other: a reader has seen the earlier ones when he comes to a later one."""
     torch.manual_seed(0)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for i, code in enumerate(EXAMPLES):
+        exec(compile(code, f"README.md, example {i + 1}", "exec"), names)
 
 
 def test_the_two_commands() -> None:
