@@ -47,6 +47,9 @@ def solve(
     Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the
     best point that was visited, by the measure of the stopping test; its residual is the true one.
 
+    Under `torch.compile`, a solve to a tolerance runs uncompiled: compile f itself. A fixed number of steps is traced as
+    part of the graph, without gradients or with ``adjoint="unrolled"``.
+
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never
     synchronises with the device. (Otherwise it looks once, at the end, for samples that are not finite.)
 
@@ -93,6 +96,12 @@ def solve(
     _check_settings(args, on_failure, trace, has_aux, callback)
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
     termination = Termination(rtol, atol)
+    traceable = termination.fixed_steps and (adjoint.unrolls or not torch.is_grad_enabled())
+    if torch.compiler.is_dynamo_compiling() and not traceable:
+        return _solve_uncompiled(
+            f, x0, args=args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps, norm=norm,
+            batch_dims=batch_dims, on_failure=on_failure, trace=trace, keep=keep, has_aux=has_aux, callback=callback,
+        )  # fmt: skip
     _check_forward_mode(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
@@ -139,6 +148,10 @@ def solve(
     )
     report_failure(on_failure, "solve", solution, resolution=layout.resolution, stacklevel=2, **tolerances)
     return solution
+
+
+# What looks at values breaks a compiled graph at every look: one break around all of it is quicker in every way.
+_solve_uncompiled = torch.compiler.disable(solve, reason="a solve that looks at its residuals cannot be one graph")
 
 
 def _as_count(name: str, value: Any) -> int:

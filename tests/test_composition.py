@@ -1,0 +1,201 @@
+"""What PyTorch users put around a solve: compilation, export, threads, distributed training, unusual tensors."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import deqkit
+
+FIXED = {"rtol": 0.0, "atol": 0.0, "max_steps": 5, "on_failure": "ignore"}
+
+
+class Cell(nn.Module):
+    def __init__(self, n: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n, n)
+        nn.init.orthogonal_(self.linear.weight, gain=0.7)
+
+    def forward(self, x: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x) + inputs)
+
+
+class Net(nn.Module):
+    """An equilibrium layer between two ordinary ones."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 6)
+        self.equilibrium = deqkit.nn.FixedPoint(Cell(), **settings)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        inputs = self.encoder(inputs)
+        return self.head(self.equilibrium(torch.zeros_like(inputs), inputs))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def gradients(net: nn.Module, out: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad()
+    out.square().sum().backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+# "aot_eager" traces forward and backward without generating code, which would need a compiler and minutes.
+def test_compiled_f() -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    expected = net(inputs)
+    expected_gradients = gradients(net, expected)
+    net.equilibrium.module.compile(backend="aot_eager")
+    out = net(inputs)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients(net, out), expected_gradients)
+
+
+def test_compiled_module_around_a_solve() -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    expected = net(inputs)
+    expected_gradients = gradients(net, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, about tensors that it looks at while it traces
+        out = torch.compile(net, backend="aot_eager")(inputs)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients(net, out), expected_gradients)
+
+
+def test_fixed_steps_in_one_graph_with_gradients() -> None:
+    net, inputs = Net(adjoint="unrolled", **FIXED), torch.randn(3, 6)
+    out = torch.compile(net, backend="eager", fullgraph=True)(inputs)
+    torch.testing.assert_close(gradients(net, out), gradients(net, net(inputs)))
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
+def test_export(solver: str) -> None:
+    net, inputs = Net(solver=solver, **FIXED).eval(), torch.randn(3, 6)
+    program = torch.export.export(net, (inputs,))
+    other = torch.randn(3, 6)
+    torch.testing.assert_close(program.module()(other), net(other))
+
+
+def test_threads() -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    out = net(inputs)
+    expected = gradients(net, out)
+
+    def job(_: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        mine = Net()
+        mine.load_state_dict(net.state_dict())
+        result = mine(inputs)
+        return result, gradients(mine, result)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for result, found in pool.map(job, range(8)):
+            assert torch.equal(result, out)
+            torch.testing.assert_close(found, expected)
+
+
+def test_inference_mode() -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    with torch.inference_mode():
+        out = net(inputs)
+    torch.testing.assert_close(out, net(inputs))
+
+
+@pytest.mark.parametrize(
+    "x0",
+    [torch.zeros(1, 1).expand(4, 6), torch.zeros(6, 4).T, torch.zeros(8, 12)[::2, ::2]],
+    ids=["expanded", "transposed", "strided"],
+)
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov"])
+def test_memory_layouts(x0: torch.Tensor, solver: str) -> None:
+    b = torch.randn(4, 6)
+    sol = deqkit.solve(lambda x: 0.5 * x + b, x0, solver=solver, rtol=1e-6)
+    assert sol.converged.all() and not x0.any()
+    torch.testing.assert_close(sol.value, 2 * b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov", "auto"])
+def test_a_single_number(solver: str) -> None:
+    sol = deqkit.solve(
+        torch.cos, torch.tensor(0.5, dtype=torch.float64), batch_dims=0, solver=solver, rtol=1e-12, max_steps=100
+    )
+    assert sol.value.shape == () and sol.value.item() == pytest.approx(0.7390851332151607, rel=1e-10)
+
+
+def test_an_exception_of_f_passes_through_and_leaves_nothing_behind() -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    net(inputs)
+    before = net.equilibrium.last_solution
+    hook = net.equilibrium.module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net(inputs)
+    hook.remove()
+    assert net.equilibrium.last_solution is before and torch.is_grad_enabled()
+    assert net(inputs).requires_grad
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
+def test_gradient_scaling_of_mixed_precision(adjoint: str) -> None:
+    """A scaled loss, as a GradScaler makes it: the adjoint's tolerance is relative, its answer scales along."""
+    net, inputs = Net(adjoint=adjoint), torch.randn(3, 6)
+    plain = gradients(net, net(inputs))
+    scaled = gradients(net, 2.0**8 * net(inputs))  # squared: 2**16, the scaler's first scale
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(b / 2.0**16, a, rtol=1e-5, atol=1e-7)
+
+
+def _train_on_one_rank(rank: int, port: int, how: str, folder: Path, on_failure: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        net = Net(rtol=1e-6)
+        inputs = torch.randn(4, 6)
+        inputs[2:] *= 20  # saturates the layer: the second rank needs fewer steps
+        mine = inputs[2 * rank : 2 * rank + 2]
+        if how == "ddp":
+            wrapped: nn.Module = DistributedDataParallel(net)
+        else:
+            for layer in (net.encoder, net.equilibrium, net.head):
+                fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+            wrapped = fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))  # pyright: ignore
+        wrapped(mine).square().sum().backward()
+        found = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in net.parameters()]
+        steps = net.equilibrium.last_solution.num_steps
+        torch.save({"gradients": found, "steps": steps}, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_give_the_gradients_of_one(how: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_train_on_one_rank, (port, how, tmp_path, "warn"), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert not torch.equal(results[0]["steps"].max(), results[1]["steps"].max())
+
+    torch.manual_seed(0)
+    net = Net(rtol=1e-6)
+    inputs = torch.randn(4, 6)
+    inputs[2:] *= 20
+    expected = [g / 2 for g in gradients(net, net(inputs))]  # the mean over ranks
+    for result in results:
+        torch.testing.assert_close(result["gradients"], expected, rtol=1e-3, atol=1e-5)
