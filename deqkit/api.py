@@ -47,8 +47,8 @@ def solve(
     Each sample stops, freezes and is reported by itself, as if it had been solved alone. The value returned is the
     best point that was visited, by the measure of the stopping test; its residual is the true one.
 
-    Under `torch.compile`, a solve to a tolerance runs uncompiled: compile f itself. A fixed number of steps is traced as
-    part of the graph, without gradients or with ``adjoint="unrolled"``.
+    Under `torch.compile`, a solve to a tolerance runs uncompiled: compile f itself. A fixed number of steps is traced
+    as part of the graph, without gradients or with ``adjoint="unrolled"``.
 
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never
     synchronises with the device. (Otherwise it looks once, at the end, for samples that are not finite.)

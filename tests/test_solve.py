@@ -22,6 +22,8 @@ SOLVERS = {
     "broyden": deqkit.Broyden(),
     "broyden_short": deqkit.Broyden(history=3),
     "broyden_1": deqkit.Broyden(history=1),
+    "broyden_bad": deqkit.Broyden(variant="bad"),
+    "anderson_type_1": deqkit.Anderson(history=8, type=1),
     "auto": deqkit.Auto(),
     "auto_short": deqkit.Auto(deqkit.FixedPointIteration(), deqkit.Anderson(history=3)),
     "newton_krylov": deqkit.NewtonKrylov(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -26,25 +27,27 @@ def random_points(n: int, count: int) -> list[tuple[Tensor, Tensor]]:
     return [(x, eq.f(x, *eq.args)) for x in points]
 
 
-def dense_broyden(points: list[tuple[Tensor, Tensor]], history: int) -> Tensor:
+def dense_broyden(points: list[tuple[Tensor, Tensor]], history: int, variant: str = "good") -> Tensor:
     """-I after the rank-one updates of the last ``history`` pairs, oldest first."""
     n = points[0][0].shape[1]
     h = -torch.eye(n, dtype=torch.float64)
     for (x0, f0), (x1, f1) in list(zip(points[:-1], points[1:], strict=True))[-history:]:
         dx, dr = (x1 - x0)[0], (f1 - x1 - f0 + x0)[0]
-        h = h + torch.outer(dx - h @ dr, dx @ h) / (dx @ h @ dr)
+        left = dx @ h if variant == "good" else dr
+        h = h + torch.outer(dx - h @ dr, left) / (left @ dr)
     return h
 
 
+@pytest.mark.parametrize("variant", ["good", "bad"])
 @pytest.mark.parametrize("history", [1, 2, 3, 5, 30])
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_broyden_is_its_dense_form(history: int, count: int) -> None:
+def test_broyden_is_its_dense_form(history: int, count: int, variant: Any) -> None:
     points = random_points(12, count)
-    state = deqkit.Broyden(history=history, restart_factor=1e30).start()
+    state = deqkit.Broyden(history=history, restart_factor=1e30, variant=variant).start()
     for x, fx in points:
         new = visit(state, x, fx)
     x, fx = points[-1]
-    expected = x[0] - dense_broyden(points, history) @ (fx - x)[0]
+    expected = x[0] - dense_broyden(points, history, variant) @ (fx - x)[0]
     torch.testing.assert_close(new[0], expected, rtol=1e-8, atol=1e-8)
 
 
@@ -61,11 +64,13 @@ def test_broyden_satisfies_the_newest_secant_equation(history: int) -> None:
     torch.testing.assert_close(after_last, x1[0] - h @ (f1 - x1)[0], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("type_", [1, 2])
 @pytest.mark.parametrize("mixing", [1.0, 0.5])
 @pytest.mark.parametrize("history", [1, 3, 5])
-def test_anderson_is_least_squares(history: int, mixing: float) -> None:
+def test_anderson_is_its_dense_form(history: int, mixing: float, type_: int) -> None:
+    """Type II is least squares; type I leaves a combination of residuals that is orthogonal to the steps."""
     points = random_points(12, 8)
-    state = deqkit.Anderson(history=history, mixing=mixing, ridge=0.0, restart_factor=1e30).start()
+    state = deqkit.Anderson(history=history, mixing=mixing, ridge=0.0, restart_factor=1e30, type=type_).start()
     for x, fx in points:
         new = visit(state, x, fx)
     pairs = list(zip(points[:-1], points[1:], strict=True))[-history:]
@@ -73,7 +78,10 @@ def test_anderson_is_least_squares(history: int, mixing: float) -> None:
     dr = torch.stack([(b[1] - b[0] - a[1] + a[0])[0] for a, b in pairs], dim=1)
     x, fx = points[-1]
     r = (fx - x)[0]
-    gamma = torch.linalg.lstsq(dr, r.unsqueeze(1)).solution[:, 0]
+    if type_ == 2:
+        gamma = torch.linalg.lstsq(dr, r.unsqueeze(1)).solution[:, 0]
+    else:
+        gamma = torch.linalg.solve(dx.T @ dr, dx.T @ r)
     torch.testing.assert_close(new[0], x[0] + mixing * r - (dx + mixing * dr) @ gamma, rtol=1e-8, atol=1e-8)
 
 
