@@ -58,14 +58,14 @@ def solve(
             and must not mix samples. It may close over parameters: they get their gradients.
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
-        solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then Broyden for the samples
+        solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then others for the samples
             that it leaves unsolved), "gmres" (for an affine f), or a solver object.
         adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), the approximate "jfb", "neumann" and
             "phantom", or an adjoint object.
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
-        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": twice), and once for
-            the gradient.
+        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver), and once
+            for the gradient.
         norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the relatively worst
             leaf, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.
@@ -203,7 +203,15 @@ def _check_forward_mode(adjoint: Adjoint) -> None:
     Raises:
         NotImplementedError: inside a dual level, or `torch.func.jvp`.
     """
-    if forward_ad._current_level >= 0 and not adjoint.unrolls:
+    if adjoint.unrolls or torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if forward_ad._current_level < 0:
+            raise NotImplementedError(
+                f"torch.func and torch.vmap do not go through adjoint={adjoint.name!r}: use adjoint='unrolled' inside "
+                f"torch.func.grad, vjp and jacrev, or torch.autograd in place of torch.func"
+            )
+    if forward_ad._current_level >= 0:
         raise NotImplementedError(
             f"forward-mode automatic differentiation does not go through adjoint={adjoint.name!r}: "
             f"use adjoint='unrolled' inside forward_ad.dual_level() and torch.func.jvp"

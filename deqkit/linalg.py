@@ -74,6 +74,17 @@ class History:
         )
 
 
+def grown(matrix: Tensor, n: int, limit: int) -> Tensor:
+    """The matrix (B, k, k) with room for n rows: itself, or twice as large, up to ``limit``, with zeros in the rest."""
+    k = matrix.shape[1]
+    if n <= k:
+        return matrix
+    size = min(limit, max(n, 2 * k))
+    larger = matrix.new_zeros(matrix.shape[0], size, size)
+    larger[:, :k, :k] = matrix
+    return larger
+
+
 def write_row(matrix: Tensor, slot: int, row: Tensor) -> Tensor:
     """The matrix (B, m, m) with its row ``slot`` replaced by ``row`` (B, n); a copy where gradients are enabled."""
     matrix = matrix.clone() if torch.is_grad_enabled() else matrix
@@ -130,15 +141,16 @@ def norm(a: Blocks) -> Tensor:
 
 def inverse_size(size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """1 / size (B,) in ``dtype``, and where that is a usable number; zero elsewhere."""
-    inverse = (1 / torch.where(size > 0, size, 1.0)).to(dtype)
-    good = (size > 0) & torch.isfinite(size) & torch.isfinite(inverse) & (inverse >= torch.finfo(dtype).tiny)
-    return torch.where(good, inverse, 0.0), good
+    inverse = (1 / size.masked_fill(size <= 0, 1.0)).to(dtype)
+    good = (size > 0) & (inverse < torch.inf) & (inverse >= torch.finfo(dtype).tiny)  # not so for size inf or NaN
+    return inverse.masked_fill(~good, 0.0), good
 
 
 def scale(a: Blocks, factor: Tensor) -> Blocks:
     """Every sample times its factor (B,); a factor of zero gives zero even where the sample is not finite."""
-    keep = (factor != 0).unsqueeze(1)
-    return tuple(torch.where(keep, x * factor.unsqueeze(1), 0.0) for x in a)
+    factor = factor.unsqueeze(1)
+    drop = factor == 0
+    return tuple((x * factor).masked_fill_(drop, 0.0) for x in a)
 
 
 def where(mask: Tensor, a: Blocks, b: Blocks) -> Blocks:

@@ -176,21 +176,20 @@ class _Book:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
         not_finite = torch.isnan(distance)
         if not self.termination.fixed_steps:
-            found = torch.isfinite(self.best_distance)
-            self.outside = self.active & not_finite & found & (self.retreats < _MAX_RETREATS)
-            self.retreats = torch.where(self.outside, self.retreats + 1, 0)
-        reasons = [
-            (Status.CONVERGED, distance <= self.termination.target),
-            (Status.NONFINITE, not_finite),
-        ]
+            # The best distance is never NaN: infinite only where no point has been finite yet.
+            self.outside = self.active & not_finite & (self.best_distance < torch.inf) & (self.retreats < _MAX_RETREATS)
+            self.retreats = (self.retreats + 1) * self.outside
+        done = distance <= self.termination.target
+        reasons, ended = [(Status.CONVERGED, done), (Status.NONFINITE, not_finite)], done | not_finite
         if not self.termination.fixed_steps:
             stagnated = self.patience.stagnated(distance)
-            reasons.insert(0, (Status.STAGNATED, stagnated))
-            reasons.insert(1, (Status.DIVERGED, self.patience.diverged(self.residual, stagnated)))
+            diverged = self.patience.diverged(self.residual, stagnated)
+            reasons = [(Status.STAGNATED, stagnated), (Status.DIVERGED, diverged), *reasons]
+            ended = (ended | stagnated | diverged) > self.outside
+        ended = ended & self.was_active
         for status, met in reasons:
-            ended = met & ~self.outside
-            self.status = torch.where(self.was_active & ended, status, self.status)
-            self.active = self.active & ~ended
+            self.status = self.status.masked_fill(met & ended, int(status))
+        self.active = self.active ^ ended
 
     def look(self, step: int, x: Blocks, r: Blocks, check_every: int) -> _Look:
         """Settle the best point now that ``x`` is recorded, and ask the device how it stands (one synchronisation)."""

@@ -61,22 +61,27 @@ def run(
         done = int(result.num_steps.max())
         later = loop.run(
             f, result.x, stage, limits, max_steps=steps, norm=norm, active=failed, trace=trace,
-            keep=[k - done for k in keep], callback=_counting_on(callback, done),
+            keep=_later_steps(keep, result.num_steps[failed]), callback=_counting_on(callback, done),
         )  # fmt: skip
-        result = _merge(result, later, failed, done)
+        result = _merge(result, later, failed, keep)
     assert result is not None
     return result
+
+
+def _later_steps(keep: Collection[int], num_steps: Tensor) -> set[int]:
+    """The steps of the next stage at which any of its samples comes to one of ``keep``."""
+    return {k - ended for ended in set(num_steps.tolist()) for k in keep if k > ended}
 
 
 def _counting_on(callback: Callable[[StepInfo], None] | None, done: int) -> Callable[[StepInfo], None] | None:
     return None if callback is None else lambda info: callback(replace(info, step=done + info.step))
 
 
-def _merge(first: LoopResult, later: LoopResult, failed: Tensor, done: int) -> LoopResult:
+def _merge(first: LoopResult, later: LoopResult, failed: Tensor, keep: Collection[int]) -> LoopResult:
     """The records of two stages, the later one for the samples on which the first had failed."""
     trace = None
     if first.trace is not None and later.trace is not None:
-        trace = torch.cat([first.trace, later.trace[1:]])
+        trace = _merge_traces(first, later, failed)
     return LoopResult(
         x=linalg.where(failed, later.x, first.x),
         status=torch.where(failed, later.status, first.status),
@@ -84,5 +89,29 @@ def _merge(first: LoopResult, later: LoopResult, failed: Tensor, done: int) -> L
         relative_residual=torch.where(failed, later.relative_residual, first.relative_residual),
         num_steps=torch.where(failed, first.num_steps + later.num_steps, first.num_steps),
         trace=trace,
-        kept=first.kept | {done + k: x for k, x in later.kept.items() if k > 0},
+        kept=_merge_kept(first, later, failed, keep),
     )
+
+
+def _merge_traces(first: LoopResult, later: LoopResult, failed: Tensor) -> Tensor:
+    """Every sample's measurements in a row, however long it waited for the others between the stages."""
+    num_steps = torch.where(failed, first.num_steps + later.num_steps, first.num_steps)
+    row = torch.arange(int(num_steps.max()) + 1, device=failed.device).unsqueeze(1)
+    earlier = first.trace.gather(0, row.clamp(max=len(first.trace) - 1).expand(-1, len(failed)))
+    after = row - first.num_steps
+    further = later.trace.gather(0, after.clamp(0, len(later.trace) - 1))
+    further = torch.where(failed & (after <= later.num_steps), further, torch.nan)
+    return torch.where(after > 0, further, earlier)
+
+
+def _merge_kept(first: LoopResult, later: LoopResult, failed: Tensor, keep: Collection[int]) -> dict[int, Blocks]:
+    """The points of the steps ``keep``, each sample's counted from its own start."""
+    kept: dict[int, Blocks] = {}
+    for k in keep:
+        x = linalg.where(failed, later.x, first.x)  # for those that ended before
+        for step, point in later.kept.items():
+            x = linalg.where(failed & (first.num_steps + step == k) & (step > 0), point, x)
+        if k in first.kept:
+            x = linalg.where(first.num_steps >= k, first.kept[k], x)
+        kept[k] = x
+    return kept

@@ -80,9 +80,9 @@ class Termination:
         With fixed steps it is the relative residual, and done only at exactly 0.
         """
         tolerance = scale if self.fixed_steps else self.atol + self.rtol * scale
-        distance = torch.where(residual == 0, 0.0, residual / tolerance)
-        # Any residual is small relative to an infinite scale.
-        return torch.where(torch.isfinite(residual) & torch.isfinite(scale), distance, torch.nan)
+        distance = (residual / tolerance).masked_fill(residual == 0, 0.0)
+        # Any residual is small relative to an infinite scale. Neither is negative: NaN, too, fails this.
+        return distance.masked_fill(~(residual + scale < torch.inf), torch.nan)
 
     @property
     def target(self) -> float:
@@ -118,5 +118,5 @@ class Patience:
         """Record one more distance, and tell which samples have stopped making progress."""
         progress = distance < (1 - self.termination.min_progress) * self.reference
         self.reference = torch.where(progress, distance, self.reference)
-        self.idle_steps = torch.where(progress, 0, self.idle_steps + 1)
+        self.idle_steps = (self.idle_steps + 1).masked_fill(progress, 0)
         return self.idle_steps >= self.termination.patience

@@ -102,7 +102,7 @@ def test_auto_switches_only_where_it_must() -> None:
     gain = torch.tensor([[0.05], [1.0]], dtype=torch.float64)
     f = lambda x: torch.tanh(gain * (x @ a.T) + b)  # noqa: E731
     first = deqkit.FixedPointIteration()
-    solver = deqkit.Auto(first, deqkit.NewtonKrylov())
+    solver = deqkit.Auto((first, deqkit.NewtonKrylov()))
     settings = {"rtol": 1e-8, "max_steps": 200, "trace": True}
     sol = deqkit.solve(f, torch.zeros_like(b), solver=solver, **settings)
     assert sol.converged.all() and sol.num_steps[0] < 20 < sol.num_steps[1] <= 200
@@ -118,7 +118,7 @@ def test_auto_counts_its_steps_through() -> None:
     f = lambda x: torch.tanh(x @ a.T + b)  # noqa: E731
     steps: list[int] = []
     sol = deqkit.solve(
-        f, torch.zeros_like(b), solver=deqkit.Auto(deqkit.FixedPointIteration(), deqkit.NewtonKrylov()),
+        f, torch.zeros_like(b), solver=deqkit.Auto((deqkit.FixedPointIteration(), deqkit.NewtonKrylov())),
         max_steps=200, keep=(3, 150), callback=lambda info: steps.append(info.step), on_failure="ignore",
     )  # fmt: skip
     assert steps[0] == 0 and steps[-1] == int(sol.num_steps.max()) and sorted(steps) == steps
@@ -134,7 +134,9 @@ def test_auto_of_a_fixed_number_of_steps_is_its_first_solver() -> None:
 
 
 def test_auto_refuses_what_it_cannot_hand_on_to() -> None:
-    with pytest.raises(TypeError, match="Auto: first must be a solver object, got 'anderson'"):
-        deqkit.Auto("anderson")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="Auto: then must be a single solver"):
-        deqkit.Auto(then=deqkit.Auto())
+    with pytest.raises(TypeError, match="Auto: solvers must be solver objects, got 'anderson'"):
+        deqkit.Auto(("anderson",))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="Auto: each of the solvers must be a single one"):
+        deqkit.Auto((deqkit.Anderson(), deqkit.Auto()))
+    with pytest.raises(ValueError, match="at least one solver"):
+        deqkit.Auto(())

@@ -25,7 +25,7 @@ SOLVERS = {
     "broyden_bad": deqkit.Broyden(variant="bad"),
     "anderson_type_1": deqkit.Anderson(history=8, type=1),
     "auto": deqkit.Auto(),
-    "auto_short": deqkit.Auto(deqkit.FixedPointIteration(), deqkit.Anderson(history=3)),
+    "auto_short": deqkit.Auto((deqkit.FixedPointIteration(), deqkit.Anderson(history=3))),
     "newton_krylov": deqkit.NewtonKrylov(),
     "newton_krylov_short": deqkit.NewtonKrylov(history=3),
 }
@@ -158,7 +158,7 @@ def test_a_bad_sample_costs_its_neighbours_nothing(solver: str) -> None:
     assert torch.isfinite(sol.value).all()
     assert torch.equal(sol.value[[0, 3]], clean.value[[0, 3]])
     assert torch.equal(sol.num_steps[[0, 3]], clean.num_steps[[0, 3]])
-    assert sol.num_steps[1] in (5, 10) and torch.isfinite(sol.residual[1])
+    assert sol.num_steps[1] in (5, 10, 15) and torch.isfinite(sol.residual[1])
 
 
 def test_converged_samples_are_frozen() -> None:

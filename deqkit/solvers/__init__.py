@@ -11,6 +11,9 @@ SOLVERS: dict[str, type[Solver]] = {
     cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, Auto)
 }
 
+# One object serves any number of solves. Dynamo can take one from here, but cannot make an Auto.
+_DEFAULTS: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()}
+
 
 def make_solver(solver: str | Solver) -> Solver:
     """The solver that a user's setting stands for.
@@ -24,7 +27,7 @@ def make_solver(solver: str | Solver) -> Solver:
     if isinstance(solver, str):
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {sorted(SOLVERS)} or pass a solver object")
-        return SOLVERS[solver]()
+        return _DEFAULTS[solver]
     hint = f"; call it: {solver.__name__}()" if isinstance(solver, type) else ""
     raise TypeError(f"solver must be a name or a solver object, got {solver!r}{hint}")
 

@@ -1,4 +1,4 @@
-"""L2. One solver after another: a cheap one first, a thorough one for the samples on which it fell short."""
+"""L2. One solver after another: a cheap one first, thorough ones for the samples on which it fell short."""
 
 from __future__ import annotations
 
@@ -8,45 +8,50 @@ from typing import ClassVar
 from deqkit.solvers.anderson import Anderson
 from deqkit.solvers.base import Solver, SolverState
 from deqkit.solvers.broyden import Broyden
+from deqkit.solvers.newton_krylov import NewtonKrylov
 
 
 @dataclass(frozen=True)
 class Auto(Solver):
-    """Anderson acceleration for half of the steps, then Broyden's method for the samples that are not solved by then.
+    """Anderson acceleration, then Broyden's method, then Newton-Krylov, for the samples that are not solved by then.
 
-    Where f contracts, Anderson needs the fewest steps; where it expands, Broyden gets through more often.
+    Where f contracts, Anderson needs the fewest steps; where it expands, Broyden gets through more often; close to a
+    singular Jacobian Newton-Krylov does. The first solver has half of the steps, the others share the other half.
 
-    The second solver starts from the best point of the first and knows nothing of its history: each sample still fares
-    as if it were alone. Samples on which the first solver diverges or stagnates wait for the others and are then taken
-    up as well. A solve of a fixed number of steps has no failures to see and stays with the first.
+    A later solver starts from the best point of those before and knows nothing of their history: each sample still
+    fares as if it were alone. A sample on which a solver diverges or stagnates waits for the others and is then taken
+    up by the next. A solve of a fixed number of steps has no failures to see and stays with the first.
 
     Args:
-        first: the solver of all samples.
-        then: the solver of those on which the first one fell short.
-        check_every: see `Solver`; those of ``first`` and ``then`` apply.
+        solvers: solver objects, in the order in which they are tried.
+        check_every: see `Solver`; each of the solvers has its own.
 
     Raises:
         TypeError: no solver objects.
-        ValueError: solvers that are themselves in stages.
+        ValueError: no solver at all, or one that is itself in stages.
     """
 
     name: ClassVar[str] = "auto"
-    first: Solver = Anderson()
-    then: Solver = Broyden()
+    solvers: tuple[Solver, ...] = (Anderson(), Broyden(), NewtonKrylov())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("first", "then"):
-            solver = getattr(self, name)
+        solvers = tuple(self.solvers) if isinstance(self.solvers, tuple | list) else (self.solvers,)
+        if not solvers:
+            raise ValueError("Auto: solvers must name at least one solver")
+        for solver in solvers:
             if not isinstance(solver, Solver):
-                raise TypeError(f"Auto: {name} must be a solver object, got {solver!r}")
+                raise TypeError(f"Auto: solvers must be solver objects, got {solver!r}")
             if isinstance(solver, Auto):
-                raise ValueError(f"Auto: {name} must be a single solver, got {solver!r}")
+                raise ValueError(f"Auto: each of the solvers must be a single one, got {solver!r}")
+        object.__setattr__(self, "solvers", solvers)
 
     def stages(self, max_steps: int) -> list[tuple[Solver, int]]:
         """Each solver with its share of the steps."""
-        return [(self.first, max_steps - max_steps // 2), (self.then, max_steps // 2)]
+        first, *others = self.solvers
+        share = max_steps // (2 * len(others)) if others else 0
+        return [(first, max_steps - share * len(others)), *((solver, share) for solver in others)]
 
     def start(self) -> SolverState:
         """The state of the first solver."""
-        return self.first.start()
+        return self.solvers[0].start()

@@ -78,14 +78,13 @@ class Safeguard:
     """Which stored pairs each sample may use: its neighbours may have restarted at other steps.
 
     Args:
-        history: m, how many pairs are kept.
         restart_factor: a sample drops its pairs when its distance exceeds this multiple of its best one.
         first: the distance of the first point, (B,).
     """
 
-    def __init__(self, history: int, restart_factor: float, first: Tensor) -> None:
+    def __init__(self, restart_factor: float, first: Tensor) -> None:
         self.restart_factor, self.best_distance = restart_factor, first
-        self.usable = torch.zeros(first.shape[0], history, dtype=torch.bool, device=first.device)
+        self.usable = torch.zeros(first.shape[0], 0, dtype=torch.bool, device=first.device)
 
     def restart(self, distance: Tensor) -> None:
         """Take away all pairs of samples that are far above their best."""
@@ -95,8 +94,11 @@ class Safeguard:
 
     def admit(self, slot: int, good: Tensor) -> None:
         """Enter the pair that was written to ``slot``, usable where ``good`` (B,)."""
-        self.usable = self.usable.clone()
-        self.usable[:, slot] = good
+        if slot >= self.usable.shape[1]:
+            self.usable = torch.cat([self.usable, good.unsqueeze(1)], dim=1)
+        else:
+            self.usable = self.usable.clone()
+            self.usable[:, slot] = good
 
 
 def as_int(name: str, value: Any) -> int:

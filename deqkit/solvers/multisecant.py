@@ -92,10 +92,10 @@ class MultisecantState:
         return tuple(x.add(r, alpha=beta) for x, r in zip(point.x, point.r, strict=True))
 
     def _allocate(self, point: Point) -> None:
-        m, x = self.formula.history, point.x[0]
-        self.left_left = torch.zeros(x.shape[0], m, m, dtype=linalg.small_dtype(x.device), device=x.device)
-        self.left_move = torch.zeros_like(self.left_left) if self.formula.left == "S" else self.left_left
-        self.safeguard = Safeguard(m, self.formula.restart_factor, point.distance)
+        x = point.x[0]
+        self.left_left = torch.zeros(x.shape[0], 0, 0, dtype=linalg.small_dtype(x.device), device=x.device)
+        self.left_move = self.left_left
+        self.safeguard = Safeguard(self.formula.restart_factor, point.distance)
 
     def _remember(self, point: Point, last: Point) -> None:
         beta, slot, dtype = self.formula.mixing, self.left.next_slot, self.left_left.dtype
@@ -109,9 +109,12 @@ class MultisecantState:
         left, move = linalg.scale(left, factor), linalg.scale(move, factor)
         self.left.push(left)
         self.move.push(move)
+        n, m = self.left.num_columns, self.formula.history
         products = self.left.dot(left).to(dtype)
+        self.left_left = linalg.grown(self.left_left, n, m)
         self.left_left = linalg.write_column(linalg.write_row(self.left_left, slot, products), slot, products)
         if self.formula.left == "S":
+            self.left_move = linalg.grown(self.left_move, n, m)
             row, column = self.move.dot(left).to(dtype), self.left.dot(move).to(dtype)
             self.left_move = linalg.write_column(linalg.write_row(self.left_move, slot, row), slot, column)
         self.safeguard.admit(slot, good)
