@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
@@ -134,6 +135,16 @@ class TestSynthetic:
         with pytest.raises(FileExistsError, match="does not hold the synthetic set"):
             generate_dataset(drawn, SyntheticSettings(seed=6), progress=False)
 
+    def test_only_an_unfinished_set_is_drawn_over(self, tmp_path):
+        partial, settings = tmp_path / "set.partial", SyntheticSettings(1, 1, 64)
+        partial.mkdir()
+        (partial / "thesis.txt").write_text("years of work")
+        with pytest.raises(FileExistsError, match="set.partial is in the way"):
+            generate_dataset(tmp_path / "set", settings, progress=False)
+        (partial / "thesis.txt").rename(partial / "annotations")
+        generate_dataset(tmp_path / "set", settings, progress=False)
+        assert not partial.exists()
+
     @pytest.mark.parametrize("setting", [{"train_images": 0}, {"image_size": 20}, {"seed": -1}])
     def test_settings_are_checked(self, setting):
         with pytest.raises(ValueError, match=next(iter(setting))):
@@ -170,10 +181,32 @@ class TestReader:
 
     def test_ground_truth_keeps_what_the_file_says(self, root):
         entries = dataset_of(root).ground_truth()["annotations"]
-        assert [entry["id"] for entry in entries] == [1, 2, 3, 4, 5]  # never 0: pycocotools takes it for "none"
+        # Never 0: pycocotools takes it for "none". The box with a NaN is left out, those without area are not.
+        assert [entry["id"] for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
         assert sum(entry["iscrowd"] for entry in entries) == 1
         assert [-4, 30, 14, 15] in [entry["bbox"] for entry in entries]
         assert entries[0]["area"] == 150 and entries[1]["area"] == 14 * 15
+
+    @pytest.mark.parametrize(("mode", "mean"), [("I;16", 0.5), ("L", 0.5), ("RGBA", 0.5), ("1", 1.0)])
+    def test_modes_of_pixels(self, root, mode, mean):
+        values = np.linspace(0, 1, 50 * 60).reshape(50, 60)
+        if mode == "I;16":
+            image = Image.fromarray((values * 65535).astype(np.uint16))
+        else:
+            image = Image.fromarray((values * 255).astype(np.uint8)).convert("RGBA" if mode == "RGBA" else "L")
+            image = image.point(lambda value: 255).convert("1") if mode == "1" else image
+        assert image.mode == mode
+        image.save(root / "train2017" / "10.png")
+        edit(root, lambda content: content["images"][0].update(file_name="10.png"))
+        pixels, _ = dataset_of(root)[0]
+        assert pixels.shape == (3, 50, 60) and pixels.mean().item() == pytest.approx(mean, abs=0.01)
+
+    def test_odd_areas_and_crowd_flags(self, root):
+        odd = [{"area": None, "iscrowd": None}, {"area": -1.0}, {"area": math.nan}]
+        annotations = [box(10, 7, [5, 5, 20, 10], **more) for more in odd]
+        edit(root, lambda content: content.update(annotations=annotations))
+        entries = dataset_of(root).ground_truth()["annotations"]
+        assert [(entry["area"], entry["iscrowd"]) for entry in entries] == [(200.0, 0)] * 3
 
     def test_flip_moves_boxes_with_the_image(self, root):
         plain, flipped = dataset_of(root)[0], dataset_of(root, transforms=v2.RandomHorizontalFlip(1.0))[0]
@@ -256,7 +289,16 @@ class TestBadInput:
             lambda c: c["annotations"][0].update(category_id=4),
             lambda c: c["images"][0].pop("file_name"),
             lambda c: c["images"][0].update(width=0),
+            lambda c: c["annotations"][0].update(category_id=[7]),
+            lambda c: c["annotations"][0].update(image_id=[10]),
+            lambda c: c["annotations"][0].update(area="large"),
+            lambda c: c["annotations"][0].update(iscrowd=[]),
+            lambda c: c["images"][0].update(file_name=10),
             lambda c: c["images"][0].update(id=20),
+            lambda c: c["images"][0].update(id="20"),
+            lambda c: c["images"][0].update(id=None),
+            lambda c: c["categories"][0].update(id=7),
+            lambda c: c["categories"][0].update(id=[7]),
             lambda c: c.update(categories=[]),
             lambda c: c.update(annotations=[]),
             lambda c: c["categories"][0].update(name="brush"),  # val2017 says otherwise
@@ -275,6 +317,18 @@ class TestBadInput:
         self.refuse(root, path)
         Image.new("RGB", (50, 60)).save(path)
         self.refuse(root, path, "50x60", "60x50")
+
+    def test_image_turned_by_its_exif_tag(self, root):
+        path, exif = root / "train2017" / "10.jpg", Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (50, 60)).save(path, exif=exif)
+        self.refuse(root, path, "EXIF")
+
+    def test_pixels_of_32_bits(self, root):
+        path = root / "train2017" / "10.tiff"
+        Image.new("F", (60, 50)).save(path)
+        edit(root, lambda content: content["images"][0].update(file_name=path.name))
+        self.refuse(root, path, "32-bit")
 
     def test_several_bad_images_are_counted(self, root):
         for name in ("10.jpg", "20.jpg"):
@@ -299,11 +353,11 @@ class TestEvaluation:
         outputs = []
         for image in truth["images"]:
             mine = [a for a in truth["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-            mine = [a for a in mine if a["bbox"][0] < 60]
+            mine = [a for a in mine if a["bbox"][0] < 60 and min(a["bbox"][2:]) > 0]
             corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]
             labels = [dataset.label_of_category[a["category_id"]] for a in mine]
             outputs.append(self.output(corners, [0.9] * len(mine), labels))
-        truth["annotations"] = [a for a in truth["annotations"] if a["bbox"][0] < 60]
+        truth["annotations"] = [a for a in truth["annotations"] if a["bbox"][0] < 60 and min(a["bbox"][2:]) > 0]
         results = coco_results(outputs, [10, 20, 30], dataset.category_of_label)
         assert {entry["category_id"] for entry in results} == {7, 18, 90}
         figures = evaluate_coco(truth, results)
@@ -314,6 +368,29 @@ class TestEvaluation:
         figures = evaluate_coco(dataset_of(root).ground_truth(), [])
         assert figures["AP"] == figures["AR100"] == 0.0
         assert capsys.readouterr().out == ""
+
+    def test_figures_are_those_of_pycocotools_on_the_file(self, root, capsys):
+        """A box without area can never be found: pycocotools counts it as missed."""
+        annotations = [box(i, 7, [5, 5, 20, 10], id=i, area=200, iscrowd=0) for i in (10, 20)]
+        annotations.append(box(10, 7, [30, 5, 0, 10], id=30, area=0, iscrowd=0))
+        path = edit(root, lambda content: content.update(annotations=annotations))
+        found = self.output([[5, 5, 25, 15]], [0.9], [1])
+        nothing = self.output([], [], [])
+        results = coco_results([found, found, nothing], [10, 20, 30], dataset_of(root).category_of_label)
+        truth = COCO(str(path))
+        evaluation = COCOeval(truth, truth.loadRes([dict(entry) for entry in results]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        figures = evaluate_coco(dataset_of(root).ground_truth(), results)
+        assert [-1 if value is None else value for value in figures.values()] == evaluation.stats.tolist()
+        assert figures["AP"] == pytest.approx(67 / 101)  # 2 of 3 objects: precision 1 up to recall 2/3
+
+    def test_background_is_no_category(self):
+        """Label 0 must not become category 0, an id that many sets use."""
+        output = self.output([[0, 0, 5, 5], [0, 0, 9, 9]], [0.9, 0.8], [0, 1])
+        (entry,) = coco_results([output], [1], (0, 0, 3))
+        assert entry["category_id"] == 0 and entry["bbox"] == [0, 0, 9, 9]
 
     def test_known_case(self):
         """Two objects of one class. The better-scored detection is wrong, one of the others has an IoU of 0.62.

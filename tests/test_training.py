@@ -153,6 +153,29 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(root, tmp_path, 
     assert len(finite) >= 3 and torch.isfinite(torch.tensor(finite)).all()
 
 
+def test_evaluation_counts_the_images_shown(root):
+    """With limit_val_batches the objects of the other images are not missed, they were not looked for."""
+    data = CocoDataModule(root, batch_size=1, verify=False, progress=False)
+    data.setup()
+    module, dataset = make_module(root, "fpn"), data.val_dataset
+
+    def perfect(batch, batch_idx):
+        return [
+            {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+            for target in batch[1]
+        ]
+
+    module.validation_step = perfect
+    for limit in (1.0, 0.5):
+        evaluation = CocoEvaluation(dataset.ground_truth(), dataset.category_of_label)
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, callbacks=[evaluation], enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=limit,
+        )  # fmt: skip
+        trainer.validate(module, datamodule=data, verbose=False)
+        assert evaluation.metrics["AP"] == pytest.approx(1.0)
+
+
 def test_figures_logs_and_checkpoint(root, tmp_path):
     figures, timer, logger = SolverFigures(), StepTimer(), CSVLogger(tmp_path, name="csv", version="")
     module = make_module(root)

@@ -39,18 +39,23 @@ def coco_results(
     for output, image_id in zip(outputs, image_ids, strict=True):
         boxes, scores, labels = (output[key].tolist() for key in ("boxes", "scores", "labels"))
         for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True):
+            if label == 0:  # the background: category 0, if there is one, is another thing
+                continue
             bbox = [x1, y1, x2 - x1, y2 - y1]
             entry = {"image_id": image_id, "category_id": category_of_label[label], "bbox": bbox, "score": score}
             results.append(entry)
     return results
 
 
-def evaluate_coco(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def evaluate_coco(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], image_ids: Sequence[Any] | None = None
+) -> dict[str, float | None]:
     """Average precision and recall of detections, as COCO defines them.
 
     Args:
         ground_truth: A data set in COCO's annotation format.
-        results: Detections in COCO's results format, at most 100 per image count.
+        results: Detections in COCO's results format; of each class at most 100 per image count.
+        image_ids: The images to evaluate on. Default: all of ``ground_truth``.
 
     Returns:
         The figures of `METRICS`. None where the set holds no object of that size.
@@ -62,7 +67,7 @@ def evaluate_coco(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]
         # loadRes refuses an empty list; an empty COCO object means the same.
         detections = truth.loadRes(list(results)) if results else COCO()
         evaluation = COCOeval(truth, detections, "bbox")
-        evaluation.params.imgIds = sorted(truth.getImgIds())
+        evaluation.params.imgIds = sorted(truth.getImgIds() if image_ids is None else set(image_ids))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -87,7 +92,7 @@ class CocoEvaluation(L.Callback):
         results_file: Where to write the detections of the last validation epoch in COCO's results format.
 
     Attributes:
-        metrics: The figures of the last full validation epoch.
+        metrics: The figures of the last validation epoch, over the images that it showed.
         results: Its detections.
     """
 
@@ -102,10 +107,11 @@ class CocoEvaluation(L.Callback):
         self.results_file = None if results_file is None else Path(results_file)
         self.metrics: dict[str, float | None] = {}
         self.results: list[dict[str, Any]] = []
+        self._image_ids: list[Any] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the last epoch's detections."""
-        self.results = []
+        self.results, self._image_ids = [], []
 
     def on_validation_batch_end(
         self,
@@ -119,12 +125,14 @@ class CocoEvaluation(L.Callback):
         """Keeps the batch's detections."""
         image_ids = [target["image_id"] for target in batch[1]]
         self.results += coco_results(outputs, image_ids, self.category_of_label)
+        self._image_ids += image_ids
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Computes and logs the figures."""
         if trainer.sanity_checking:
             return
-        self.metrics = evaluate_coco(self.ground_truth, self.results)
+        # The images that were shown: with limit_val_batches the others would count as missed.
+        self.metrics = evaluate_coco(self.ground_truth, self.results, self._image_ids)
         # A figure that does not exist is left out of the logs: a -1 would look like a measurement.
         figures = {f"val/{name}": torch.tensor(value) for name, value in self.metrics.items() if value is not None}
         for name, value in figures.items():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -29,6 +30,7 @@ from tqdm.auto import tqdm
 
 TRAIN_SPLIT, VAL_SPLIT = "train2017", "val2017"
 MIN_SIDE = 1e-3  # pixels; a clipped box below it is degenerate
+_EXIF_ORIENTATION = 0x0112
 
 
 class DataError(ValueError):
@@ -119,18 +121,26 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
         raise DataError(f"annotation file {path} is not valid json: {error}") from None
     images = _entries(path, content, "images", ("id", "file_name", "width", "height"))
     entries = _entries(path, content, "annotations", ("image_id", "category_id", "bbox"))
-    categories = {c["id"]: str(c["name"]) for c in _entries(path, content, "categories", ("id", "name"))}
+    category_entries = _entries(path, content, "categories", ("id", "name"))
+    _check_ids(path, "images", images)
+    _check_ids(path, "categories", category_entries)
+    categories = {c["id"]: str(c["name"]) for c in category_entries}
     if not images or not categories:
         raise DataError(f"annotation file {path} lists no {'categories' if images else 'images'}")
     by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    if len(by_image) < len(images):
-        raise DataError(f"annotation file {path} gives the same id to several images")
     for image in images:
+        if not isinstance(image["file_name"], str):
+            raise DataError(f"annotation file {path}: file_name {image['file_name']!r} is not a string")
         if not _positive(image["width"]) or not _positive(image["height"]):
             raise DataError(f"annotation file {path}: image {image['file_name']} has no positive width and height")
     for entry in entries:
-        if entry["category_id"] not in categories:
+        if not _is_id(entry["image_id"]):
+            raise DataError(f"annotation file {path}: image_id {entry['image_id']!r} is not a number or a string")
+        if not _is_id(entry["category_id"]) or entry["category_id"] not in categories:
             raise DataError(f"annotation file {path}: category_id {entry['category_id']!r} is not in its categories")
+        for name in ("area", "iscrowd"):
+            if not isinstance(entry.get(name), int | float | None):
+                raise DataError(f"annotation file {path}: {name} {entry[name]!r} is not a number")
         if not _is_box(entry["bbox"]):
             raise DataError(f"annotation file {path}: bbox {entry['bbox']!r} is not a list of four numbers")
         by_image.get(entry["image_id"], []).append(entry)
@@ -148,6 +158,20 @@ def _entries(path: Path, content: Any, key: str, needed: Sequence[str]) -> list[
         if missing:
             raise DataError(f"annotation file {path}: {key}[{i}] has no {missing[0]!r}")
     return entries
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def _check_ids(path: Path, key: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Ids must be all numbers or all strings, because pycocotools sorts them, and each belongs to one entry."""
+    ids = [entry["id"] for entry in entries]
+    odd = next((value for value in ids if not _is_id(value) or isinstance(value, str) != isinstance(ids[0], str)), None)
+    if odd is not None or None in ids:
+        raise DataError(f"annotation file {path}: id {odd!r} in {key}: ids must be all numbers or all strings")
+    if len(set(ids)) < len(ids):
+        raise DataError(f"annotation file {path} gives the same id to several {key}")
 
 
 def _positive(value: Any) -> bool:
@@ -217,7 +241,10 @@ def _image_fault(folder: Path, entry: Mapping[str, Any]) -> str | None:
     path = folder / str(entry["file_name"])
     try:
         with Image.open(path) as image:
-            size = image.size
+            size, mode = image.size, image.mode
+            turned = size != (entry["width"], entry["height"]) and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+            if mode == "F" or (mode == "I" and not _is_16_bit(image)):
+                return f"image {path} has 32-bit pixels (mode {mode}): only 8-bit and 16-bit images can be read"
             image.draft("RGB", (1, 1))  # JPEG only: reads all the data but reconstructs an eighth of the pixels
             image.load()
     except FileNotFoundError:
@@ -227,8 +254,21 @@ def _image_fault(folder: Path, entry: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"unreadable image {path}: {error}"
     if size != (entry["width"], entry["height"]):
-        return f"image {path} is {size[0]}x{size[1]}, its annotation says {entry['width']}x{entry['height']}"
+        note = " (it is turned by its EXIF tag; boxes must be those of the pixels as stored)" if turned else ""
+        return f"image {path} is {size[0]}x{size[1]}, its annotation says {entry['width']}x{entry['height']}{note}"
     return None
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether the pixels run to 65535. Pillow calls 16-bit PNGs "I" in some versions."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB; `Image.convert` alone would cut 16-bit pixels at 255, to a white picture."""
+    if _is_16_bit(image):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class CocoDetection(Dataset):
@@ -279,7 +319,7 @@ class CocoDetection(Dataset):
         path = self.folder / entry["file_name"]
         try:
             with Image.open(path) as file:
-                image = tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))
+                image = tv_tensors.Image(v2.functional.pil_to_tensor(_rgb(file)))
         except OSError as error:
             raise DataError(f"unreadable image {path}: {error}") from None
         boxes, labels = self._targets[index]
@@ -296,16 +336,22 @@ class CocoDetection(Dataset):
         return self._targets[index][0]
 
     def ground_truth(self) -> dict[str, Any]:
-        """The split in COCO's format for the evaluation: boxes as they are in the file, crowd boxes included."""
+        """The split in COCO's format for the evaluation: boxes as they are in the file, crowd boxes included.
+
+        Boxes without area stay, because pycocotools counts them as missed; those that are not finite are left out, and
+        an area that is missing or no size becomes that of the box.
+        """
         entries = []
         for image in self.annotations.images:
             for entry in self.annotations.annotations[image["id"]]:
                 x, y, w, h = (float("nan") if v is None else float(v) for v in entry["bbox"])
-                if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-                    continue  # nothing can match it
+                if not all(map(math.isfinite, (x, y, w, h))):
+                    continue
                 # Ids are given anew: pycocotools takes a match with id 0 for none, and some files have no ids.
-                new = {"id": len(entries) + 1, "iscrowd": int(entry.get("iscrowd", 0)), "bbox": [x, y, w, h]}
-                new["area"] = float(entry.get("area", w * h))
+                new = {"id": len(entries) + 1, "iscrowd": int(entry.get("iscrowd") or 0), "bbox": [x, y, w, h]}
+                area = entry.get("area")
+                known = area is not None and math.isfinite(area) and area >= 0
+                new["area"] = float(area) if known else max(w, 0.0) * max(h, 0.0)
                 entries.append(new | {key: entry[key] for key in ("image_id", "category_id")})
         categories = [{"id": key, "name": name} for key, name in self.categories.items()]
         return {"info": {}, "images": self.annotations.images, "annotations": entries, "categories": categories}

@@ -110,7 +110,8 @@ class CocoDataModule(L.LightningDataModule):
         self.val_dataset = CocoDetection(val, self.root / val_split, categories=categories)
         if self.train_dataset.box_report.used == 0:
             raise DataError(f"annotation file {train.path} has no usable box for the images: nothing to train on")
-        if not any(not entry["iscrowd"] for entry in self.val_dataset.ground_truth()["annotations"]):
+        truth = self.val_dataset.ground_truth()["annotations"]
+        if not any(not entry["iscrowd"] and min(entry["bbox"][2:]) > 0 for entry in truth):
             raise DataError(f"annotation file {val.path} has no usable box for the images: nothing to evaluate on")
         self._is_set_up = True
 

@@ -33,6 +33,7 @@ MAX_ANGLE = math.radians(12)  # of a shape's rotation
 BACKGROUND_SATURATION = 0.3  # of the colour noise behind the shapes
 HUE_SPREAD = 0.35  # half the width of a class's band of hues, in distances between two classes
 MANIFEST = "synthetic.json"
+CONTENTS = {"annotations", "train2017", "val2017", MANIFEST}  # of a set's folder
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def generate_dataset(root: str | Path, settings: SyntheticSettings, *, progress:
         ``root`` as a path.
 
     Raises:
-        FileExistsError: ``root`` exists and is not a set made with these settings.
+        FileExistsError: ``root`` exists and is not a set made with these settings, or something else has the name
+            ``root`` + ".partial".
     """
     root = Path(root)
     if root.exists():
@@ -86,7 +88,10 @@ def generate_dataset(root: str | Path, settings: SyntheticSettings, *, progress:
             return root
         raise FileExistsError(f"{root} exists and does not hold the synthetic set asked for")
     partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():  # of an interrupted call, or somebody else's
+        if not partial.is_dir() or {path.name for path in partial.iterdir()} - CONTENTS:
+            raise FileExistsError(f"{partial} is in the way: it is no unfinished synthetic set")
+        shutil.rmtree(partial)
     (partial / "annotations").mkdir(parents=True)
     total = settings.train_images + settings.val_images
     with tqdm(total=total, desc="drawing images", unit="img", disable=not progress) as bar:
