@@ -20,17 +20,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from adapters.detection.data import CocoDataModule, DataError, SyntheticSettings, generate_dataset
-from adapters.detection.data.synthetic import MANIFEST
+from adapters.detection.data.synthetic import CONTENTS, MANIFEST
 from adapters.detection.evaluation import CocoEvaluation, format_metric
 from adapters.detection.files import written_whole
 from adapters.detection.training import (
     NECKS,
     DetectionModule,
     DetectorConfig,
+    MovableCheckpoint,
     Schedule,
     SolverFigures,
     StepTimer,
@@ -44,6 +45,8 @@ SUMMARY, TABLE, SETTINGS = "summary.json", "summary.csv", "settings.json"
 PICTURES = ("detections.png", "feature_maps.png", "residual_trace.png")
 FILES = (SUMMARY, TABLE, SETTINGS, *PICTURES)
 RUN = {*FILES, "data", *NECKS, "data.partial", *(f".{name}.partial" for name in FILES)}  # what a run leaves in --out
+RUN_OF_NECK = {"checkpoints", "csv", "tensorboard", "metrics.json", "detections.json"}
+RUN_OF_NECK |= {f".{name}.partial" for name in RUN_OF_NECK}
 FREE_TO_CHANGE = {"neck", "num_workers", "device", "out", "resume", "overwrite"}  # on --resume
 
 
@@ -85,6 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_workers", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.seed >= 2**32:  # NumPy's limit
+        parser.error(f"--seed must be below 2**32, got {args.seed}")
     if not 0 < args.rtol < 1:
         parser.error(f"--rtol must be between 0 and 1, got {args.rtol}")
     if not 0 < args.lr < math.inf:
@@ -104,9 +109,7 @@ def check_out(args: argparse.Namespace) -> None:
     if args.data is not None and args.data.resolve().is_relative_to(out.resolve()):
         raise DataError(f"--out {out} contains --data {args.data}: choose another folder for the results")
     found = {path.name for path in out.iterdir()} if out.exists() else set()
-    foreign = sorted(found - RUN)
-    if "data" in found and not (out / "data" / MANIFEST).exists():
-        foreign.append("data")
+    foreign = foreign_files(out) if found else []
     if foreign:
         raise DataError(f"--out {out} holds other files ({foreign[0]}): choose another folder")
     if args.resume and not found:
@@ -116,11 +119,36 @@ def check_out(args: argparse.Namespace) -> None:
             f"{out} already holds a run: --resume continues it, --overwrite deletes it, --out goes elsewhere"
         )
     if args.resume and (out / SETTINGS).exists():
-        before, now = json.loads((out / SETTINGS).read_text()), settings_of(args)
+        before, now = read_settings(out), settings_of(args)
         for name in now:
             if before.get(name) != now[name]:
                 option = f"--{name.replace('_', '-')}"
-                raise DataError(f"--resume: the run in {out} was started with {option} {before.get(name)}")
+                how = f"without {option}" if before.get(name) is None else f"with {option} {before[name]}"
+                raise DataError(f"--resume: the run in {out} was started {how}")
+
+
+def foreign_files(out: Path) -> list[str]:
+    """What lies in --out and is not a run's."""
+    found = {path.name for path in out.iterdir()}
+    foreign = sorted(found - RUN)
+    if "data" in found and not (out / "data" / MANIFEST).exists():
+        foreign.append("data")
+    if SETTINGS in found and "epochs" not in read_settings(out):  # a common name
+        foreign.append(SETTINGS)
+    known = {neck: RUN_OF_NECK for neck in NECKS} | {"data": CONTENTS, "data.partial": CONTENTS}
+    for folder in sorted(found & known.keys() - set(foreign)):
+        inside = {path.name for path in (out / folder).iterdir()} if (out / folder).is_dir() else {""}
+        foreign += [f"{folder}/{name}" for name in sorted(inside - known[folder])]
+    return foreign
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """The options that the run in --out was started with."""
+    try:
+        content = json.loads((out / SETTINGS).read_text())
+    except ValueError as error:
+        raise DataError(f"--out: {out / SETTINGS} is not valid json: {error}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +204,7 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
             raise DataError(f"{error}: --resume needs the options of the first run") from None
     data = CocoDataModule(root, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed, **limits)
     data.setup()
+    check_shapes(args, data)
     if args.overwrite and args.data is not None:
         clear_out(args)
     if data.single_split:
@@ -185,14 +214,28 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
     return data
 
 
+def check_shapes(args: argparse.Namespace, data: CocoDataModule) -> None:
+    """An image so long and thin that nothing is left of its shorter side would end the training when its turn comes."""
+    longest = DetectorConfig(2, image_size=args.image_size).longest_side
+    for dataset in (data.train_dataset, data.val_dataset):
+        for image in dataset.annotations.images:
+            short, long = sorted((image["width"], image["height"]))
+            if short * longest < long:
+                size = f"{image['width']}x{image['height']}"
+                raise DataError(
+                    f"image {dataset.folder / image['file_name']} of {size} is too thin for --image-size "
+                    f"{args.image_size}: its longer side becomes {longest}, its shorter one nothing"
+                )
+
+
 def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> DetectionModule:
     L.seed_everything(args.seed, verbose=False)
     config = detector(args, data.train_dataset.num_classes, neck)
     total = args.epochs * steps_per_epoch(args, data)
     schedule = Schedule(total, lr=args.lr, warmup_steps=min(100, max(1, total // 10)), seed=args.seed)
     remembered = {
-        "root": str(data.root), "categories": dict(data.train_dataset.categories), "batch_size": args.batch_size,
-        "limit_val_images": data.limit_val_images,
+        "root": str(data.root.resolve()), "categories": dict(data.train_dataset.categories),
+        "batch_size": args.batch_size, "limit_val_images": data.limit_val_images,
     }  # fmt: skip
     return DetectionModule(asdict(config), asdict(schedule), remembered, args.weights_backbone)
 
@@ -220,8 +263,8 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
     figures, timer = SolverFigures(), StepTimer()
     checkpoints, parts = folder / "checkpoints", len(list((folder / "csv").rglob("metrics.csv")))
     part = f"resumed_{parts}" if parts else ""  # the CSV logger would delete what it finds
-    last = ModelCheckpoint(checkpoints, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = ModelCheckpoint(
+    last = MovableCheckpoint(checkpoints, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    best = MovableCheckpoint(
         checkpoints, filename="best", monitor="val/AP", mode="max", save_on_train_epoch_end=False,
         enable_version_counter=False,
     )  # fmt: skip
@@ -235,9 +278,10 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
             evaluation, figures, timer, last, best, LearningRateMonitor("step"), TQDMProgressBar(refresh_rate=5)
         ],
     )  # fmt: skip
-    resumed = checkpoints / "last.ckpt"
+    start = checkpoints / "last.ckpt" if args.resume and (checkpoints / "last.ckpt").exists() else None
+    if start is not None:
+        trained_model(args, neck)  # says in one line what is wrong with it
     try:
-        start = resumed if args.resume and resumed.exists() else None
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit:  # Lightning's way to end on Ctrl-C, once it has closed loggers and workers
         if trainer.interrupted:
@@ -247,7 +291,7 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
         trainer.validate(module, datamodule=data, verbose=False)
     row: dict[str, Any] = {"neck": neck} | {name: evaluation.metrics[name] for name in METRICS}
     row["parameters"] = sum(p.numel() for p in module.model.parameters())
-    row["seconds_per_step"] = timer.median
+    row["seconds_per_step"] = timer.median if timer.seconds else None
     row["skipped_steps"] = module.skipped_steps
     if figures.validation:
         row |= asdict(figures.validation) | {"unsolved": figures.unsolved}
@@ -260,15 +304,22 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2))
 
 
+def format_share(share: float) -> str:
+    """A percentage that says 0% and 100% only where that is exact."""
+    if 0 < share < 0.001 or 0.999 < share < 1:
+        return "<0.1%" if share < 0.5 else ">99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     header = ["neck", *METRICS, "parameters", "s/step", "solver steps", "residual (median, worst)", "converged"]
     lines = [header]
     for row in rows:
         line = [TITLES[row["neck"]], *(format_metric(row[name]) for name in METRICS)]
-        line += [f"{row['parameters'] / 1e6:.2f} M", f"{row['seconds_per_step']:.3f}"]
+        line += [f"{row['parameters'] / 1e6:.2f} M", format_metric(row["seconds_per_step"])]
         if "mean_steps" in row:
             residuals = f"{row['median_residual']:.1e}, {row['worst_residual']:.1e}"
-            line += [f"{row['mean_steps']:.1f}", residuals, f"{row['converged']:.0%}"]
+            line += [f"{row['mean_steps']:.1f}", residuals, format_share(row["converged"])]
         else:
             line += ["-"] * 3
         lines.append(line)
@@ -281,11 +332,19 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             title, count = TITLES[row["neck"]], row["skipped_steps"]
             print(f"{title}: {count} steps were skipped because the loss or the gradient was not finite")
         if row.get("unsolved"):
-            print(f"{TITLES[row['neck']]}: {row['unsolved']:.1%} of the training solves stopped above their tolerance")
+            share = format_share(row["unsolved"])
+            print(f"{TITLES[row['neck']]}: {share} of the training solves stopped above their tolerance")
+
+
+def trained_model(args: argparse.Namespace, neck: str) -> Any:
+    try:
+        return load_checkpoint(args.out / neck / "checkpoints" / "last.ckpt").model
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def draw_pictures(args: argparse.Namespace, data: CocoDataModule, necks: list[str]) -> list[Path]:
-    models = {TITLES[neck]: load_checkpoint(args.out / neck / "checkpoints" / "last.ckpt").model for neck in necks}
+    models = {TITLES[neck]: trained_model(args, neck) for neck in necks}
     dataset = data.val_dataset
     busiest = sorted(range(len(dataset)), key=lambda i: -len(dataset.boxes(i)))
     chosen = sorted(busiest[: max(1, len(busiest) // 2)][:: max(1, len(busiest) // 10)][:4])
@@ -328,23 +387,30 @@ def main(argv: list[str] | None = None) -> int:
         data = prepare_data(args)
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / SETTINGS, settings_of(args))
-        rows = [train(args, data, neck) for neck in necks]
+        # A resumed run for one neck keeps the other's row and pictures.
+        necks = [neck for neck in NECKS if neck in necks or (args.out / neck / "metrics.json").exists()]
+        report(args, data, [train(args, data, neck) for neck in necks])
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: the same command with --resume continues after the last whole epoch", file=sys.stderr)
+        hint = "the same command with --resume continues after the last whole epoch"
+        print(f"\nstopped: {hint if args.out.exists() else 'nothing was started'}", file=sys.stderr)
         return 130
+    return 0
+
+
+def report(args: argparse.Namespace, data: CocoDataModule, rows: list[dict[str, Any]]) -> None:
+    """Tables and pictures of all necks."""
     print_table(rows)
     write_json(args.out / SUMMARY, {"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows})
-    with (args.out / TABLE).open("w", newline="") as file:
+    with written_whole(args.out / TABLE) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    for picture in draw_pictures(args, data, necks):
+    for picture in draw_pictures(args, data, [row["neck"] for row in rows]):
         print(f"picture: {picture}")
     print(f"tables, logs and checkpoints: {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from adapters.detection.data import SyntheticSettings, generate_dataset
 
@@ -78,6 +79,8 @@ def test_end_to_end(example, tmp_path, capsys):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["neck"] for row in summary] == ["ifpn", "fpn"]
+    checkpoint = torch.load(out / "ifpn" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert Path(checkpoint["hyper_parameters"]["data"]["root"]).is_absolute()  # the benchmark starts anywhere
     assert 1 <= summary[0]["mean_steps"] <= 20 and "mean_steps" not in summary[1]
     for neck in ("ifpn", "fpn"):
         for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "csv/metrics.csv", "detections.json"):
@@ -91,6 +94,25 @@ def test_end_to_end(example, tmp_path, capsys):
     assert example.main(["--out", str(out), *TINY, "--resume"]) == 0
     again = capsys.readouterr().out
     assert again.count("already trained") == 2 and header in again
+    refused(example, capsys, ["--out", out, *TINY, "--resume", "--max-steps", "5"], "without --max-steps")
+
+    # A resumed run for one neck keeps what is known of the other.
+    assert example.main(["--out", str(out), *TINY, "--resume", "--neck", "fpn"]) == 0
+    assert json.loads((out / "summary.json").read_text())["rows"] == summary
+
+    # Stopped between the last checkpoint and the table: no step is left to time, and the table is valid json.
+    (out / "ifpn" / "metrics.json").unlink()
+    assert example.main(["--out", str(out), *TINY, "--resume"]) == 0
+    assert "NaN" not in (out / "summary.json").read_text()
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert rows[0] == summary[0] | {"seconds_per_step": None} and rows[1] == summary[1]
+
+    last = out / "ifpn" / "checkpoints" / "last.ckpt"
+    (out / "ifpn" / "metrics.json").unlink()
+    last.write_bytes(last.read_bytes()[:1000])
+    refused(example, capsys, ["--out", out, *TINY, "--resume"], last, "not a checkpoint")
+    (out / "settings.json").write_text("{")
+    refused(example, capsys, ["--out", out, *TINY, "--resume"], "settings.json")
 
 
 def test_interrupted_and_resumed(example, tmp_path, capsys, monkeypatch):
@@ -120,6 +142,35 @@ def test_interrupted_and_resumed(example, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     rows = [json.loads((out / "summary.json").read_text())["rows"][0] for out in (whole, parts)]
     assert rows[0]["AP"] == rows[1]["AP"] and rows[0]["mean_steps"] == rows[1]["mean_steps"]
+
+
+def test_moved_run_keeps_its_best_checkpoint(example, tmp_path, monkeypatch):
+    """Lightning forgets the best score when the folder has another name, and would write over the best checkpoint."""
+    evaluation = sys.modules["adapters.detection.evaluation"]
+    evaluate, step, figures = evaluation.evaluate_coco, example.DetectionModule.training_step, iter([0.9, 0.1])
+    monkeypatch.setattr(evaluation, "evaluate_coco", lambda *args: evaluate(*args) | {"AP": next(figures)})
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    options = [*TINY, "--neck", "ifpn"]
+    with monkeypatch.context() as patch:
+        patch.setattr(example.DetectionModule, "training_step", interrupted)
+        assert example.main(["--out", str(tmp_path / "before"), *options]) == 130
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert example.main(["--out", str(tmp_path / "after"), *options, "--resume"]) == 0
+    epochs = {
+        name: torch.load(tmp_path / "after/ifpn/checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 1}
+
+
+def test_shares_are_not_rounded_to_all_or_nothing(example):
+    shares = [0.0, 1 / 3000, 0.5, 499 / 500, 4999 / 5000, 1.0]
+    assert [example.format_share(share) for share in shares] == ["0%", "<0.1%", "50.0%", "99.8%", ">99.9%", "100%"]
 
 
 def test_given_data_with_one_split(example, dataset, tmp_path, capsys):
@@ -160,6 +211,18 @@ def remove_image(root):
     return path
 
 
+def thin_image(root):
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["images"][0].update(width=900, height=1)
+    for entry in content["annotations"]:
+        entry.update(bbox=[1, 0, 2, 1])
+    path.write_text(json.dumps(content))
+    image = root / "train2017" / content["images"][0]["file_name"]
+    Image.new("RGB", (900, 1)).save(image)
+    return image
+
+
 def empty_validation(root):
     path = root / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
@@ -167,7 +230,7 @@ def empty_validation(root):
 
 
 @pytest.mark.parametrize(
-    "damage", [remove_annotations, break_json, drop_key, truncate_image, remove_image, empty_validation]
+    "damage", [remove_annotations, break_json, drop_key, truncate_image, remove_image, empty_validation, thin_image]
 )
 def test_bad_data(example, dataset, tmp_path, capsys, damage):
     refused(example, capsys, ["--data", dataset, "--out", tmp_path / "out"], damage(dataset))
@@ -194,6 +257,15 @@ def test_out_is_never_taken_from_its_owner(example, dataset, tmp_path, capsys):
     (project / "data" / "thesis.txt").write_text("years of work")
     for existing in ([], ["--overwrite"], ["--resume"]):
         refused(example, capsys, ["--out", project, *TINY, *existing], "holds other files", project)
+    vscode = tmp_path / "vscode"
+    vscode.mkdir()
+    (vscode / "settings.json").write_text('{"editor.fontSize": 12}')
+    code = tmp_path / "code"
+    (code / "fpn").mkdir(parents=True)
+    (code / "fpn" / "model.py").write_text("work")
+    for folder, name in ((vscode, "settings.json"), (code, "fpn/model.py")):
+        refused(example, capsys, ["--out", folder, *TINY, "--overwrite"], f"holds other files ({name})")
+    assert (vscode / "settings.json").exists() and (code / "fpn" / "model.py").exists()
     refused(example, capsys, ["--data", dataset, "--out", dataset.parent, "--overwrite"], "contains --data")
     refused(example, capsys, ["--out", project / "data" / "thesis.txt", *TINY], "is a file")
     refused(example, capsys, ["--out", tmp_path / "new", *TINY, "--resume"], "no run")
@@ -203,7 +275,7 @@ def test_out_is_never_taken_from_its_owner(example, dataset, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [["--weights-backbone", "IMAGENET9"], ["--image-size", "20"]],
+    [["--weights-backbone", "IMAGENET9"], ["--weights-backbone", str(SCRIPT)], ["--image-size", "20"]],
 )
 def test_unusable_model_options(example, tmp_path, capsys, options):
     refused(example, capsys, ["--out", tmp_path / "out", *TINY, *options], options[1])
@@ -220,6 +292,7 @@ def test_unusable_model_options(example, tmp_path, capsys, options):
         ["--lr", "inf"],
         ["--solver", "newton"],
         ["--seed", "-1"],
+        ["--seed", "4294967296"],
         ["--resume", "--overwrite"],
     ],
 )

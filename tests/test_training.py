@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+import deqkit
 from adapters.detection.data import CocoDataModule, SyntheticSettings, generate_dataset
 from adapters.detection.evaluation import CocoEvaluation
 from adapters.detection.training import (
@@ -228,6 +229,33 @@ def test_foreign_checkpoint(tmp_path, content):
         load_checkpoint(path)
 
 
+def test_median_of_two_is_their_middle():
+    solution = deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(2, 1), args=(torch.ones(2, 1),), rtol=0.5)
+    solution.relative_residual = torch.tensor([0.1, 0.3])
+    assert summarize([solution]).median_residual == pytest.approx(0.2)
+
+
+def test_unsolved_share_spans_a_resume():
+    first, second = SolverFigures(), SolverFigures()
+    first._solved = [torch.tensor([True, False]), torch.tensor([False])]
+    second.load_state_dict(first.state_dict())
+    assert second.unsolved == first.unsolved == pytest.approx(2 / 3)
+    second._solved = [torch.tensor([True])]
+    assert second.unsolved == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("setting", ["num_classes", "image_size", "max_size", "anchor_size", "neck_channels"])
+def test_unusable_sizes_are_refused(setting):
+    with pytest.raises(ValueError, match=setting):
+        DetectorConfig(**({"num_classes": 3} | {setting: 0}))
+
+
+@pytest.mark.parametrize("setting", [{"total_steps": 0}, {"lr": -1.0}, {"lr": float("nan")}, {"warmup_steps": -1}])
+def test_unusable_schedules_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Schedule(**({"total_steps": 10} | setting))
+
+
 @pytest.mark.parametrize("setting", [{"neck": "bifpn"}, {"arch": "resnet19"}])
 def test_unknown_names_are_refused(setting):
     with pytest.raises(ValueError, match="choose one of"):
@@ -247,7 +275,7 @@ def test_pictures(root, tmp_path):
     data.setup()
     images, targets = zip(*(data.val_dataset[i] for i in range(2)), strict=True)
     models = {"FPN": make_module(root, "fpn").model.eval(), "i-FPN": make_module(root).model.eval()}
-    names = data.val_dataset.class_names
+    names = ["$\\bad$"] * 7  # no formula
     paths = [
         draw_detections(tmp_path / "a.png", models, images, targets, names, min_score=0.0),
         draw_feature_maps(tmp_path / "b.png", models, images),

@@ -299,7 +299,12 @@ def _read_state_dict(path: Any, argument: str, names: list[str] | None = None) -
     if not os.path.isfile(path):
         hint = f", and no weights of that name: {', '.join(names)}" if names else ""
         raise FileNotFoundError(f"{argument}={os.fspath(path)!r}: no such file{hint}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file that is no checkpoint can fail in any way
+        raise ValueError(f"{argument}={os.fspath(path)!r} cannot be read as weights: {type(error).__name__}") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -71,6 +72,17 @@ class DetectorConfig:
         for name, choices in (("neck", NECKS), ("arch", ARCHITECTURES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {list(choices)}")
+        smallest = {"num_classes": 2, "neck_channels": 1, "image_size": 1, "max_size": 1}
+        for name, least in smallest.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.anchor_size is not None and not 0 < self.anchor_size < math.inf:
+            raise ValueError(f"anchor_size must be a positive number of pixels, got {self.anchor_size}")
+
+    @property
+    def longest_side(self) -> int:
+        """Limit of the longer side of an image, pixels."""
+        return self.max_size or round(self.image_size * 1333 / 800)
 
     def build(self, weights_backbone: Any = None) -> RetinaNet:
         """The detector, in training mode.
@@ -85,7 +97,7 @@ class DetectorConfig:
             "weights_backbone": weights_backbone,
             "neck_channels": self.neck_channels,
             "min_size": self.image_size,
-            "max_size": self.max_size or round(self.image_size * 1333 / 800),
+            "max_size": self.longest_side,
             "anchor_generator": AnchorGenerator(sides, (ANCHOR_RATIOS,) * 5),  # pyright: ignore[reportArgumentType]
         }
         if self.head_norm:
@@ -120,6 +132,11 @@ class Schedule:
     weight_decay: float = 0.02
     transform_lr: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"total_steps": 1, "lr": 0, "warmup_steps": 0, "weight_decay": 0, "transform_lr": 0}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, got {getattr(self, name)}")
 
     def factor(self, step: int) -> float:
         """Learning rate of a step relative to `lr`."""
@@ -244,11 +261,26 @@ class SolverFigures(L.Callback):
         self.validation: SolverSummary | None = None
         self._solutions: list[deqkit.Solution] = []
         self._solved: list[torch.Tensor] = []
+        self._before = (0, 0)  # solves, and unsolved ones, of the run that was resumed
 
     @property
     def unsolved(self) -> float:
-        """Share of the training solves of this process that did not meet their tolerance, 0 to 1."""
-        return 1 - torch.cat(self._solved).double().mean().item() if self._solved else 0.0
+        """Share of the training solves that did not meet their tolerance, 0 to 1; those before a resume count."""
+        total, unsolved = self._counts()
+        return unsolved / total if total else 0.0
+
+    def _counts(self) -> tuple[int, int]:
+        total = sum(len(solved) for solved in self._solved)
+        solved = int(torch.cat(self._solved).sum()) if self._solved else 0
+        return self._before[0] + total, self._before[1] + total - solved
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: the counts of the training solves."""
+        return dict(zip(("solves", "unsolved"), self._counts(), strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Takes up the counts of the run that is resumed."""
+        self._before, self._solved = (state_dict["solves"], state_dict["unsolved"]), []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Logs the solve of the step, and its adjoint's."""
@@ -301,8 +333,29 @@ def summarize(solutions: list[deqkit.Solution]) -> SolverSummary:
     steps = torch.cat([s.num_steps.double().cpu() for s in solutions])
     converged = torch.cat([s.converged.double().cpu() for s in solutions])
     return SolverSummary(
-        steps.mean().item(), residuals.median().item(), residuals.max().item(), converged.mean().item()
+        steps.mean().item(), median(residuals.tolist()), residuals.max().item(), converged.mean().item()
     )
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint callback, which also knows its best score again when the run's folder was moved.
+
+    Lightning's own forgets it then, and the first validation after a resume would write over the best checkpoint.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the state of the run that is resumed, with the paths of today."""
+        before, now = state_dict.get("dirpath"), self.dirpath
+        if before and now and before != now:
+
+            def moved(value: Any) -> Any:
+                if isinstance(value, dict):
+                    return {moved(key): moved(entry) for key, entry in value.items()}
+                inside = isinstance(value, str) and value.startswith(before)
+                return now + value.removeprefix(before) if inside else value
+
+            state_dict = moved(state_dict)
+        super().load_state_dict(state_dict)
 
 
 class StepTimer(L.Callback):

@@ -52,6 +52,7 @@ def _draw_boxes(
             va="bottom" if y1 > 12 else "top",
             bbox=style,
             clip_on=True,
+            parse_math=False,  # a "$" in a name is no formula
         )
 
 
