@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ def _evaluate(detector: Detector, label: str, steps: int | None, tick: Callable[
         ap=figures["AP"],
         ap50=figures["AP50"],
         mean_steps=torch.cat(taken).mean().item(),
-        residual_median=residual.median().item(),
+        residual_median=median(residual.tolist()),
         residual_worst=residual.max().item(),
         seconds_per_image=seconds / len(residual),
     )
@@ -208,9 +209,17 @@ def answer(rows: Sequence[DetectorRow], label: str) -> str:
     if not known or len(known) < len(mine):
         return f"{label}: no AP exists for this set, it has no objects to find"
     most, reference = known[-1]
+    if len(known) == 1:
+        return f"{label}: {most} steps alone do not say how many are needed"
     if reference == 0:
         return f"{label}: AP is 0 with {most} steps, so it does not say how many steps are needed"
     needed, ap = next((k, ap) for i, (k, ap) in enumerate(known) if _all_close(known[i:], reference))
+    if needed == most:
+        before, last = known[-2]
+        return (
+            f"{label}: {most} steps may not be enough: AP still changes by more than {100 * TOLERATED_LOSS:g} points "
+            f"from {before} to {most} steps ({100 * last:.1f} and {100 * reference:.1f})"
+        )
     return (
         f"{label}: {needed} steps are enough: from there on AP stays within {100 * TOLERATED_LOSS:g} points of that of "
         f"{most} steps ({100 * ap:.1f} and {100 * reference:.1f})"

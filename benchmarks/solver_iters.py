@@ -237,7 +237,7 @@ def _positive_int(text: str) -> int:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        torch.zeros((), device=text).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"device {text!r} cannot be used: {reason}") from None

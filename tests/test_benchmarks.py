@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import deqkit
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "solver_iters.py"
 
@@ -205,6 +207,7 @@ def test_a_solve_that_lies_about_its_residual_is_found_out(modules, monkeypatch)
     [
         (["--quick", "--steps", "3-1"], "names no step count"),
         (["--device", "gpu7"], "device 'gpu7' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
         (["--repeats", "0"], "'0' is not a positive integer"),
         (["--data", "somewhere"], "--data belongs to --detector"),
         (["--detector", str(SCRIPT), "--quick"], "--quick does not go with --detector"),
@@ -263,7 +266,7 @@ def test_detector_sweep(modules, tmp_path, capsys):
     residuals = [float(row["residual_median"]) for row in rows]
     assert residuals[0] > 10 * residuals[3] and residuals[4] > 10 * residuals[7]
     text = capsys.readouterr().out
-    assert "fixed_point: AP is 0" in text or "steps are enough" in text
+    assert "fixed_point: AP is 0" in text or "enough" in text
     assert json.loads((out / "detector.json").read_text())["settings"]["images"] == 5
     assert Image.open(out / "detector.png").width > 1000
 
@@ -275,6 +278,16 @@ def test_detector_neck_is_left_as_it_was(modules, tmp_path):
     rows = steps.sweep(detector, modules["options"].default_solvers()[2:], [3], lambda: None)
     assert detector.neck.settings == before
     assert [row.images for row in rows] == [2, 2]
+
+
+def test_a_detector_may_use_a_solver_that_the_command_line_does_not_know(modules, tmp_path):
+    options, steps = modules["options"], modules["detector_steps"]
+    detector = steps.load(save_detector(tmp_path, solver="auto"), None, 1, "cpu")
+    solver = options.named(detector.neck.solver)
+    assert solver.label == "auto" and solver.solver == deqkit.Auto()
+    assert [row.solver for row in steps.sweep(detector, [solver], [2], lambda: None)] == ["own settings", "auto"]
+    with pytest.raises(ValueError, match="nonsense"):
+        options.named("nonsense")
 
 
 @pytest.mark.parametrize(
@@ -299,5 +312,8 @@ def test_the_answer_is_the_step_count_from_which_on_ap_stays(modules):
     assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.303, k5=0.3041, k7=0.3042, k9=0.305), "s")
     # Within the limit by chance at 2 steps, not at 3: 2 are not enough.
     assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.305, k3=0.29, k5=0.305, k9=0.305), "s")
+    # Nothing shows that the last number of steps is enough.
+    assert "s: 20 steps may not be enough" in steps.answer(rows(k1=0.1, k10=0.3, k20=0.4), "s")
+    assert "s: 5 steps alone do not say" in steps.answer(rows(k5=0.3), "s")
     assert "AP is 0 with 9 steps" in steps.answer(rows(k1=0.0, k9=0.0), "s")
     assert "no objects" in steps.answer(rows(k1=None, k9=None), "s")
