@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from adapters.detection import ImplicitFPN
 from adapters.detection.data import CocoDataModule, DataError, verify_images
 from adapters.detection.evaluation import coco_results, evaluate_coco
-from adapters.detection.training import load_checkpoint
+from adapters.detection.training import load_checkpoint, median_of
 
 Batches = Collection[tuple[list[Tensor], list[dict[str, Any]]]] | DataLoader
 TOLERATED_LOSS = 0.001  # of AP on the scale 0..1: a tenth of a point
@@ -196,7 +195,7 @@ def _evaluate(detector: Detector, label: str, steps: int | None, tick: Callable[
         ap=figures["AP"],
         ap50=figures["AP50"],
         mean_steps=torch.cat(taken).mean().item(),
-        residual_median=median(residual.tolist()),
+        residual_median=median_of(residual),
         residual_worst=residual.max().item(),
         seconds_per_image=seconds / len(residual),
     )

@@ -246,7 +246,8 @@ def steps_per_epoch(args: argparse.Namespace, data: CocoDataModule) -> int:
 
 def validation_interval(epochs: int) -> int:
     """Epochs between two validations: about four in all, and one after the last epoch."""
-    return next(n for n in range(max(1, epochs // 4), 0, -1) if epochs % n == 0)
+    divisors = [n for n in range(1, epochs + 1) if epochs % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(epochs / n / 4)))
 
 
 def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str, Any]:

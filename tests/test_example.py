@@ -168,6 +168,13 @@ def test_moved_run_keeps_its_best_checkpoint(example, tmp_path, monkeypatch):
     assert epochs == {"best": 0, "last": 1}
 
 
+def test_validations_are_about_four_and_one_is_last(example):
+    for epochs in range(1, 120):
+        interval = example.validation_interval(epochs)
+        assert epochs % interval == 0 and epochs // interval <= 16
+    assert [epochs // example.validation_interval(epochs) for epochs in (2, 5, 10, 20)] == [2, 5, 5, 4]
+
+
 def test_shares_are_not_rounded_to_all_or_nothing(example):
     shares = [0.0, 1 / 3000, 0.5, 499 / 500, 4999 / 5000, 1.0]
     assert [example.format_share(share) for share in shares] == ["0%", "<0.1%", "50.0%", "99.8%", ">99.9%", "100%"]

@@ -21,6 +21,7 @@ from adapters.detection.training import (
     SolverFigures,
     StepTimer,
     load_checkpoint,
+    median_of,
     summarize,
 )
 from adapters.detection.visualize import draw_detections, draw_feature_maps, draw_residual_trace
@@ -233,6 +234,12 @@ def test_median_of_two_is_their_middle():
     solution = deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(2, 1), args=(torch.ones(2, 1),), rtol=0.5)
     solution.relative_residual = torch.tensor([0.1, 0.3])
     assert summarize([solution]).median_residual == pytest.approx(0.2)
+
+
+def test_median_of_values_that_are_not_finite():
+    nan, inf = float("nan"), float("inf")
+    assert median_of(torch.tensor([nan, 1.0, 2.0])) == 2.0
+    assert median_of(torch.tensor([inf, inf])) == inf
 
 
 def test_unsolved_share_spans_a_resume():

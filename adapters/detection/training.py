@@ -332,9 +332,13 @@ def summarize(solutions: list[deqkit.Solution]) -> SolverSummary:
     residuals = torch.cat([s.relative_residual.double().cpu() for s in solutions])
     steps = torch.cat([s.num_steps.double().cpu() for s in solutions])
     converged = torch.cat([s.converged.double().cpu() for s in solutions])
-    return SolverSummary(
-        steps.mean().item(), median(residuals.tolist()), residuals.max().item(), converged.mean().item()
-    )
+    return SolverSummary(steps.mean().item(), median_of(residuals), residuals.max().item(), converged.mean().item())
+
+
+def median_of(values: Tensor) -> float:
+    """The median, for an even count the mean of the middle two; NaNs count as the largest."""
+    ordered = values.double().sort().values
+    return (0.5 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2])).item()
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -345,7 +349,7 @@ class MovableCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the state of the run that is resumed, with the paths of today."""
-        before, now = state_dict.get("dirpath"), self.dirpath
+        before, now = str(state_dict.get("dirpath") or ""), str(self.dirpath or "")
         if before and now and before != now:
 
             def moved(value: Any) -> Any:

@@ -349,9 +349,9 @@ class CocoDetection(Dataset):
                     continue
                 # Ids are given anew: pycocotools takes a match with id 0 for none, and some files have no ids.
                 new = {"id": len(entries) + 1, "iscrowd": int(entry.get("iscrowd") or 0), "bbox": [x, y, w, h]}
-                area = entry.get("area")
-                known = area is not None and math.isfinite(area) and area >= 0
-                new["area"] = float(area) if known else max(w, 0.0) * max(h, 0.0)
+                area = float("nan") if entry.get("area") is None else float(entry["area"])
+                known = math.isfinite(area) and area >= 0
+                new["area"] = area if known else max(w, 0.0) * max(h, 0.0)
                 entries.append(new | {key: entry[key] for key in ("image_id", "category_id")})
         categories = [{"id": key, "name": name} for key, name in self.categories.items()]
         return {"info": {}, "images": self.annotations.images, "annotations": entries, "categories": categories}
