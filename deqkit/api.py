@@ -64,8 +64,8 @@ def solve(
             "phantom", or an adjoint object.
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
-        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver), and once
-            for the gradient.
+        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver), and
+            once for the gradient.
         norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the relatively worst
             leaf, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.

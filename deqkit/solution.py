@@ -156,7 +156,8 @@ def _worst(relative: Tensor) -> float:
 
 
 _ADVICE = {
-    Status.MAX_STEPS: "raise max_steps, loosen rtol, or make f contract faster (Jacobian penalty, smaller weights)",
+    Status.MAX_STEPS: "raise max_steps, loosen rtol, or make f contract faster (Jacobian penalty, smaller weights); if "
+    "more steps do not help, check that f is deterministic",
     Status.STAGNATED: "loosen rtol, use a higher dtype, or check that f is deterministic "
     "(dropout and BatchNorm in train mode have no fixed point)",
     Status.DIVERGED: "f expands here: try solver='anderson' or 'broyden', damping, or smaller weights (a norm cap, "

@@ -40,6 +40,7 @@ from adapters.detection.training import (
 from adapters.detection.visualize import draw_detections, draw_feature_maps, draw_residual_trace
 
 TITLES = {"ifpn": "i-FPN", "fpn": "FPN"}
+RESIDUALS = ("median_residual", "worst_residual")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SUMMARY, TABLE, SETTINGS = "summary.json", "summary.csv", "settings.json"
 PICTURES = ("detections.png", "feature_maps.png", "residual_trace.png")
@@ -302,7 +303,16 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
 
 def write_json(path: Path, content: Any) -> None:
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2))
+        partial.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False))
+
+
+def without_nan(content: Any) -> Any:
+    """``content`` with null for every number that is not finite, which json does not know."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def format_share(share: float) -> str:
@@ -319,7 +329,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         line = [TITLES[row["neck"]], *(format_metric(row[name]) for name in METRICS)]
         line += [f"{row['parameters'] / 1e6:.2f} M", format_metric(row["seconds_per_step"])]
         if "mean_steps" in row:
-            residuals = f"{row['median_residual']:.1e}, {row['worst_residual']:.1e}"
+            residuals = ", ".join("n/a" if row[k] is None else f"{row[k]:.1e}" for k in RESIDUALS)
             line += [f"{row['mean_steps']:.1f}", residuals, format_share(row["converged"])]
         else:
             line += ["-"] * 3
