@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from deqkit import stages
@@ -18,7 +17,7 @@ from deqkit.norms import make_norm
 from deqkit.solution import AdjointStats, Solution, report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import as_int
-from deqkit.state import Evaluator, StateLayout, without_autocast
+from deqkit.state import Evaluator, StateLayout, primal, without_autocast
 from deqkit.termination import Termination
 
 _POLICIES = ("warn", "raise", "ignore")
@@ -87,7 +86,8 @@ def solve(
         ValueError: shapes or structure differ, or a setting is unknown or out of range.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         RuntimeError: f or the callback changed x in place.
-        NotImplementedError: forward-mode automatic differentiation with an adjoint other than "unrolled".
+        NotImplementedError: a transform of `torch.func` with another adjoint than "unrolled", forward mode with an
+            approximate adjoint, or `torch.vmap`.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
@@ -102,7 +102,7 @@ def solve(
             f, x0, args=args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps, norm=norm,
             batch_dims=batch_dims, on_failure=on_failure, trace=trace, keep=keep, has_aux=has_aux, callback=callback,
         )  # fmt: skip
-    _check_forward_mode(adjoint)
+    _check_transforms(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
     evaluator = adjoint.prepare(Evaluator(_first_of_two(f) if has_aux else f, layout, args))
@@ -118,7 +118,7 @@ def solve(
         with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
             result = stages.run(
                 evaluator,
-                layout.pack(x0),
+                primal(layout.pack(x0)) if evaluator.drops_tangents else layout.pack(x0),
                 solver,
                 termination,
                 max_steps=max_steps,
@@ -131,6 +131,9 @@ def solve(
         if torch.is_grad_enabled():
             x = adjoint.attach(problem, x)
             states = {k: adjoint.attach(replace(problem, stats=AdjointStats()), at) for k, at in states.items()}
+        if evaluator.drops_tangents:
+            x = adjoint.with_tangent(problem, x)
+            states = {k: adjoint.with_tangent(replace(problem, stats=AdjointStats()), at) for k, at in states.items()}
     value = layout.unpack(x)
     aux = f(value, *args)[1] if has_aux else None
     solution = Solution(
@@ -151,7 +154,7 @@ def solve(
 
 
 # What looks at values breaks a compiled graph at every look: one break around all of it is quicker in every way.
-_solve_uncompiled = torch.compiler.disable(solve, reason="a solve that looks at its residuals cannot be one graph")
+_solve_uncompiled: Any = torch.compiler.disable(solve, reason="a solve that looks at its residuals cannot be one graph")
 
 
 def _as_count(name: str, value: Any) -> int:
@@ -197,24 +200,23 @@ def _check_settings(args: Any, on_failure: Any, trace: Any, has_aux: Any, callba
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 
 
-def _check_forward_mode(adjoint: Adjoint) -> None:
-    """Refuse to drop tangents without a word: only the steps themselves carry them.
+def _check_transforms(adjoint: Adjoint) -> None:
+    """Refuse by name the transforms that do not go through a solve, before they fail within it.
 
     Raises:
-        NotImplementedError: inside a dual level, or `torch.func.jvp`.
+        NotImplementedError: see `solve`.
     """
-    if adjoint.unrolls or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
-    if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
-        if forward_ad._current_level < 0:
-            raise NotImplementedError(
-                f"torch.func and torch.vmap do not go through adjoint={adjoint.name!r}: use adjoint='unrolled' inside "
-                f"torch.func.grad, vjp and jacrev, or torch.autograd in place of torch.func"
-            )
-    if forward_ad._current_level >= 0:
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:  # pyright: ignore
         raise NotImplementedError(
-            f"forward-mode automatic differentiation does not go through adjoint={adjoint.name!r}: "
-            f"use adjoint='unrolled' inside forward_ad.dual_level() and torch.func.jvp"
+            "torch.vmap does not go through a solve: give x0 its batch dimensions and say how many with batch_dims="
+        )
+    if transform is not None and not adjoint.unrolls:
+        raise NotImplementedError(
+            f"torch.func does not go through adjoint={adjoint.name!r}: use adjoint='unrolled' inside torch.func.grad, "
+            f"vjp, jvp and jacrev, or torch.autograd in place of torch.func"
         )
 
 

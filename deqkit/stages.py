@@ -79,22 +79,21 @@ def _counting_on(callback: Callable[[StepInfo], None] | None, done: int) -> Call
 
 def _merge(first: LoopResult, later: LoopResult, failed: Tensor, keep: Collection[int]) -> LoopResult:
     """The records of two stages, the later one for the samples on which the first had failed."""
-    trace = None
-    if first.trace is not None and later.trace is not None:
-        trace = _merge_traces(first, later, failed)
     return LoopResult(
         x=linalg.where(failed, later.x, first.x),
         status=torch.where(failed, later.status, first.status),
         residual=torch.where(failed, later.residual, first.residual),
         relative_residual=torch.where(failed, later.relative_residual, first.relative_residual),
         num_steps=torch.where(failed, first.num_steps + later.num_steps, first.num_steps),
-        trace=trace,
+        trace=_merge_traces(first, later, failed),
         kept=_merge_kept(first, later, failed, keep),
     )
 
 
-def _merge_traces(first: LoopResult, later: LoopResult, failed: Tensor) -> Tensor:
+def _merge_traces(first: LoopResult, later: LoopResult, failed: Tensor) -> Tensor | None:
     """Every sample's measurements in a row, however long it waited for the others between the stages."""
+    if first.trace is None or later.trace is None:
+        return None
     num_steps = torch.where(failed, first.num_steps + later.num_steps, first.num_steps)
     row = torch.arange(int(num_steps.max()) + 1, device=failed.device).unsqueeze(1)
     earlier = first.trace.gather(0, row.clamp(max=len(first.trace) - 1).expand(-1, len(failed)))

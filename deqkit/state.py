@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 Blocks = tuple[Tensor, ...]
@@ -214,13 +215,22 @@ class Evaluator:
         args: what else f gets.
         shares_casts: whether evaluations with gradient may use the casts of parameters that autocast has cached. Those
             have a graph of their own, older than the evaluation.
+        keeps_tangents: whether values carry the tangents of forward-mode differentiation on.
     """
 
     def __init__(
-        self, f: Callable[..., Any], layout: StateLayout, args: tuple[Any, ...] = (), *, shares_casts: bool = False
+        self,
+        f: Callable[..., Any],
+        layout: StateLayout,
+        args: tuple[Any, ...] = (),
+        *,
+        shares_casts: bool = False,
+        keeps_tangents: bool = False,
     ) -> None:
         self.f, self.layout, self.args, self.shares_casts = f, layout, args, shares_casts
         self.num_calls = 0
+        # What carries tangents of forward-mode differentiation is solved without, see `ImplicitAdjoint.with_tangent`.
+        self.drops_tangents = forward_ad._current_level >= 0 and not keeps_tangents
         self.autocast_dtype = torch.get_autocast_dtype(layout.device.type) if autocast_enabled(layout.device) else None
 
     def with_args(self, args: tuple[Any, ...]) -> Evaluator:
@@ -247,7 +257,7 @@ class Evaluator:
             fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
-        return fx
+        return primal(fx) if self.drops_tangents else fx
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         device = self.layout.device
@@ -255,6 +265,11 @@ class Evaluator:
             return without_autocast(device)
         cache = torch.is_autocast_cache_enabled() and (self.shares_casts or not torch.is_grad_enabled())
         return torch.autocast(device.type, dtype=self.autocast_dtype, cache_enabled=cache)
+
+
+def primal(blocks: Blocks) -> Blocks:
+    """The blocks without their tangents."""
+    return tuple(forward_ad.unpack_dual(b).primal for b in blocks)
 
 
 def versions_of(blocks: Blocks) -> list[int]:

@@ -283,21 +283,3 @@ def test_empty_batch_can_be_trained_on() -> None:
     deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(0, 3), args=(b,)).value.sum().backward()
     with torch.no_grad():
         assert not deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(0, 3), args=(b,)).value.requires_grad
-
-
-def test_forward_mode() -> None:
-    tangent = torch.ones(2, 3, dtype=torch.float64)
-    c = torch.full_like(tangent, 0.4)
-
-    def run(c: torch.Tensor, adjoint: str) -> torch.Tensor:
-        f = lambda x: 0.5 * torch.tanh(x) + c  # noqa: E731
-        return deqkit.solve(f, torch.zeros_like(tangent), adjoint=adjoint, rtol=1e-12, max_steps=100).value
-
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(c, tangent)
-        x, dx = torch.autograd.forward_ad.unpack_dual(run(dual, "unrolled"))
-        with pytest.raises(NotImplementedError, match="adjoint='unrolled'"):
-            run(dual, "implicit")
-    torch.testing.assert_close(dx, 1 / (1 - 0.5 * (1 - torch.tanh(x) ** 2)), rtol=1e-6, atol=0)
-    with pytest.raises(NotImplementedError, match="adjoint='unrolled'"):
-        torch.func.jvp(lambda c: run(c, "jfb"), (c,), (tangent,))

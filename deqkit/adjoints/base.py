@@ -60,6 +60,17 @@ class Adjoint(ABC):
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x``, bit for bit, with a gradient, unless nothing needs one. Called with gradients enabled."""
 
+    def with_tangent(self, problem: Problem, x: Blocks) -> Blocks:
+        """``x`` with the tangent of forward-mode differentiation. Called inside a dual level only.
+
+        Raises:
+            NotImplementedError: the adjoint has none.
+        """
+        raise NotImplementedError(
+            f"forward-mode automatic differentiation does not go through adjoint={self.name!r}: use adjoint='implicit' "
+            f"or 'unrolled'"
+        )
+
 
 class _Cut(torch.autograd.Function):
     """Identity through which no gradient passes, and which still lets its output be differentiated towards."""

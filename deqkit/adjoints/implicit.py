@@ -16,11 +16,14 @@ are handed to the leaf tensors that f was found to depend on and to the tensors 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deqkit import stages
 from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, vjp
@@ -67,6 +70,30 @@ class ImplicitAdjoint(Adjoint):
             return x
         return _Implicit.apply(self, problem, at.dependencies, len(x), *at.x, *at.fx, *at.dependencies.tensors)  # pyright: ignore[reportReturnType]
 
+    def with_tangent(self, problem: Problem, x: Blocks) -> Blocks:
+        """``x`` with its tangent v, the fixed point of v = J v + df/dtheta dtheta.
+
+        The right-hand side is the tangent of f at the dual number (x, v): one more fixed-point problem.
+
+        Raises:
+            NotImplementedError: x carries a graph, too: that tangent would have none.
+        """
+        if any(b.requires_grad for b in x):
+            raise NotImplementedError(
+                "forward-mode over reverse-mode differentiation does not go through adjoint='implicit': use "
+                "torch.no_grad() for the tangent alone, or adjoint='unrolled'"
+            )
+        f = copy.copy(problem.f)
+        f.drops_tangents = False
+
+        def tangent_of_f(v: Blocks) -> Blocks:
+            fx = f(tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True)))
+            tangents = [forward_ad.unpack_dual(b).tangent for b in fx]
+            return tuple(torch.zeros_like(b) if t is None else t for t, b in zip(tangents, x, strict=True))
+
+        v = self._run(problem, tangent_of_f, tuple(torch.zeros_like(b) for b in x), "tangent solve")
+        return tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True))
+
     def termination(self, problem: Problem) -> Termination:
         """When the adjoint solve of ``problem`` is done."""
         rtol = self.rtol
@@ -80,18 +107,22 @@ class ImplicitAdjoint(Adjoint):
 
     def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
         """The fixed point of u = J^T u + g, without gradient; starts from u = g."""
-        layout = StateLayout(g, batch_dims=1)
-        f = Evaluator(lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), layout)
+        return self._run(
+            problem, lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), g, "adjoint solve"
+        )
+
+    def _run(self, problem: Problem, linear_map: Callable[[Blocks], Blocks], start: Blocks, what: str) -> Blocks:
+        f = Evaluator(linear_map, StateLayout(start, batch_dims=1), keeps_tangents=True)
         solver, termination = make_solver(self.solver), self.termination(problem)
         with torch.no_grad():
-            result = stages.run(f, g, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
+            result = stages.run(f, start, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
         stats, per_sample = problem.stats, problem.f.layout.per_sample
         stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
         stats.residual, stats.relative_residual = per_sample(result.residual), per_sample(result.relative_residual)
         stats.num_fn_evals, stats.solver = f.num_calls, solver.name
         report_failure(
             problem.on_failure,
-            "adjoint solve",
+            what,
             stats,
             rtol=termination.rtol,
             atol=termination.atol,

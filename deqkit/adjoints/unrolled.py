@@ -44,7 +44,9 @@ class UnrolledAdjoint(Adjoint):
             return checkpoint(inner, x, *args, use_reentrant=False) if torch.is_grad_enabled() else inner(x, *args)
 
         # All steps lie in one graph, which need not hold a cast of the same parameter for each of them.
-        return Evaluator(recomputing if self.checkpoint else inner, f.layout, f.args, shares_casts=True)
+        return Evaluator(
+            recomputing if self.checkpoint else inner, f.layout, f.args, shares_casts=True, keeps_tangents=True
+        )
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` itself: its graph is the solve."""
