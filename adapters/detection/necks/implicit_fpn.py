@@ -28,6 +28,7 @@ from adapters.detection.necks.blocks import CrossScaleFactory, NonlinearTransfor
 __all__ = ["ImplicitFPN", "convert_fpn_"]
 
 _SOLVER = deqkit.Anderson(history=3)
+_ADJOINT = deqkit.ImplicitAdjoint(_SOLVER)  # a pyramid is large: a long history would be most of the memory
 
 
 class ImplicitFPN(nn.Module):
@@ -69,7 +70,8 @@ class ImplicitFPN(nn.Module):
         extra_in_state: Whether the levels of `extra_blocks` are part of the state. None decides by its type,
             see above.
         solver: Solver of the forward pass, a name or a solver object of `deqkit`.
-        adjoint: How the fixed point is differentiated, a name or an adjoint object of `deqkit`.
+        adjoint: How the fixed point is differentiated, a name or an adjoint object of `deqkit`. Default: implicitly,
+            with the same solver.
         rtol: A sample is solved when |G(P + B) - P| <= rtol * |G(P + B)|.
         max_steps: Largest number of solver steps.
         eval_max_steps: The same in eval mode; None takes `max_steps`. The paper trains with 15 and tests with
@@ -109,7 +111,7 @@ class ImplicitFPN(nn.Module):
         share_csc: bool = True,
         extra_in_state: bool | None = None,
         solver: Any = _SOLVER,
-        adjoint: Any = "implicit",
+        adjoint: Any = _ADJOINT,
         rtol: float = 1e-3,
         max_steps: int = 20,
         eval_max_steps: int | None = None,
