@@ -16,6 +16,7 @@ from deqkit import Status
 SOLVERS = {
     "fixed_point": deqkit.FixedPointIteration(),
     "damped": deqkit.FixedPointIteration(damping=0.3),
+    "adaptive": deqkit.FixedPointIteration(adaptive=True),
     "anderson": deqkit.Anderson(),
     "anderson_1": deqkit.Anderson(history=1),
     "anderson_mixed": deqkit.Anderson(history=4, mixing=0.7),

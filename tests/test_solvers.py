@@ -85,6 +85,22 @@ def test_anderson_is_its_dense_form(history: int, mixing: float, type_: int) -> 
     torch.testing.assert_close(new[0], x[0] + mixing * r - (dx + mixing * dr) @ gamma, rtol=1e-8, atol=1e-8)
 
 
+def test_adaptive_damping_finds_its_weight_per_sample() -> None:
+    """x = c x + 1: plain steps diverge for c < -1, and damped ones converge for a weight below 2 / (1 - c)."""
+    c = torch.tensor([[0.5], [-1.5], [-9.0]], dtype=torch.float64)
+    f = lambda x: c * x + 1  # noqa: E731
+    settings = {"rtol": 1e-8, "max_steps": 200, "on_failure": "ignore"}
+    plain = deqkit.solve(f, torch.zeros_like(c), solver="fixed_point", **settings)
+    adaptive = deqkit.solve(f, torch.zeros_like(c), solver=deqkit.FixedPointIteration(adaptive=True), **settings)
+    assert plain.converged.tolist() == [True, False, False] and adaptive.converged.all()
+    torch.testing.assert_close(adaptive.value, 1 / (1 - c), rtol=1e-6, atol=0)
+    # A sample that falls from the start takes plain steps throughout.
+    assert torch.equal(adaptive.num_steps[0], plain.num_steps[0])
+    damped = deqkit.FixedPointIteration(damping=0.9, adaptive=True)
+    first = deqkit.solve(f, torch.zeros_like(c), solver=damped, keep=[1], **settings).states[1]
+    torch.testing.assert_close(first, torch.full_like(c, 0.1))
+
+
 def test_anderson_ends_on_a_linear_problem_in_its_dimension() -> None:
     """With full history it is GMRES in disguise: n + 1 steps at the most (Walker & Ni 2011, theorem 2.2)."""
     eq = linear(n=8, batch=3, radius=0.9)
