@@ -21,6 +21,8 @@ from torchvision.models.detection import RetinaNet
 import deqkit
 from adapters.detection.files import written_whole
 
+_IMAGE_INCHES = 3.2  # width of an image in `draw_detections`
+
 
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
@@ -38,22 +40,34 @@ def _draw_boxes(
     axes.set_yticks([])
     palette = colormaps["tab10"]
     size = 6.0 if len(boxes) <= 12 else 4.0
+    pixels_per_point = image.shape[2] / (72 * _IMAGE_INCHES)
+    taken: list[tuple[float, float, float]] = []
     for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = palette((label - 1) % 10)
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4))
         text = names[int(label)] + ("" if scores is None else f" {scores[i]:.2f}")
         style: dict[str, Any] = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        line, width = 1.5 * size * pixels_per_point, 0.65 * size * len(text) * pixels_per_point
+        y = _free_line(taken, x1, width, y1 - line if y1 > line else y1, line)
         axes.text(
             x1,
-            max(y1, 0),
+            y,
             text,
             fontsize=size,
             color="white",
-            va="bottom" if y1 > 12 else "top",
+            va="top",
             bbox=style,
             clip_on=True,
             parse_math=False,  # a "$" in a name is no formula
         )
+
+
+def _free_line(taken: list[tuple[float, float, float]], x: float, width: float, y: float, line: float) -> float:
+    """The first line from ``y`` downwards on which a label from ``x`` covers none of those there, and enters it."""
+    while any(abs(y - other) < line and x < right and left < x + width for left, right, other in taken):
+        y += line
+    taken.append((x, x + width, y))
+    return y
 
 
 @torch.no_grad()
@@ -80,7 +94,9 @@ def draw_detections(
         The path.
     """
     columns = 1 + len(models)
-    figure = Figure(figsize=(3.2 * columns, 3.2 * len(images) * _aspect(images)), layout="constrained")
+    figure = Figure(
+        figsize=(_IMAGE_INCHES * columns, _IMAGE_INCHES * len(images) * _aspect(images)), layout="constrained"
+    )
     grid = figure.subplots(len(images), columns, squeeze=False)
     for row, (image, target) in enumerate(zip(images, targets, strict=True)):
         _draw_boxes(grid[row][0], image, target["boxes"], target["labels"], class_names, None)
