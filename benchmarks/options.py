@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import deqkit
@@ -13,6 +12,8 @@ import deqkit
 SOLVERS: dict[str, type[deqkit.Solver]] = {
     cls.name: cls for cls in (deqkit.FixedPointIteration, deqkit.Anderson, deqkit.Broyden)
 }
+# Those that a detector may use besides.
+_OTHERS: dict[str, type[deqkit.Solver]] = {cls.name: cls for cls in (deqkit.NewtonKrylov, deqkit.GMRES, deqkit.Auto)}
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,12 @@ def default_solvers() -> list[NamedSolver]:
 def named(solver: str | deqkit.Solver) -> NamedSolver:
     """A solver under the words that `parse_solver` would take for it."""
     if isinstance(solver, str):
-        cls = next((cls for cls in _subclasses(deqkit.Solver) if getattr(cls, "name", None) == solver), None)
-        if cls is None:
+        if solver not in SOLVERS | _OTHERS:
             raise ValueError(f"unknown solver {solver!r}")
-        return NamedSolver(solver, cls())
+        return NamedSolver(solver, (SOLVERS | _OTHERS)[solver]())
     values = ((field, getattr(solver, field.name)) for field in fields(solver))
     changed = ",".join(f"{field.name}={value}" for field, value in values if value != field.default)
     return NamedSolver(f"{solver.name}:{changed}" if changed else solver.name, solver)
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    """All of them; beside the solvers that the command line takes a detector may use any other."""
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
 
 
 def parse_solver(text: str) -> NamedSolver:

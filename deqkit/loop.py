@@ -174,14 +174,12 @@ class _Book:
 
     def _end(self, distance: Tensor) -> None:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
-        not_finite = torch.isnan(distance)
+        not_finite, done = torch.isnan(distance), distance <= self.termination.target
+        reasons, ended = [(Status.CONVERGED, done), (Status.NONFINITE, not_finite)], done | not_finite
         if not self.termination.fixed_steps:
             # The best distance is never NaN: infinite only where no point has been finite yet.
             self.outside = self.active & not_finite & (self.best_distance < torch.inf) & (self.retreats < _MAX_RETREATS)
             self.retreats = (self.retreats + 1) * self.outside
-        done = distance <= self.termination.target
-        reasons, ended = [(Status.CONVERGED, done), (Status.NONFINITE, not_finite)], done | not_finite
-        if not self.termination.fixed_steps:
             stagnated = self.patience.stagnated(distance)
             diverged = self.patience.diverged(self.residual, stagnated)
             reasons = [(Status.STAGNATED, stagnated), (Status.DIVERGED, diverged), *reasons]
@@ -206,7 +204,8 @@ class _Book:
 
     def _keep_best(self, x: Blocks, r: Blocks) -> None:
         self.best_x = linalg.where(self.better, x, self.best_x)
-        self.best_r = linalg.where(self.better, r, self.best_r)
+        if not self.termination.fixed_steps:  # in which no step is taken back
+            self.best_r = linalg.where(self.better, r, self.best_r)
 
     def inside(self, point: Point) -> Point:
         """The point, with the best one in its place for samples that are outside."""

@@ -392,6 +392,15 @@ class TestEvaluation:
         (entry,) = coco_results([output], [1], (0, 0, 3))
         assert entry["category_id"] == 0 and entry["bbox"] == [0, 0, 9, 9]
 
+    def two_objects(self, second):
+        """One image of 200 by 200 pixels with an object in a corner and a second one."""
+        return {
+            "info": {},
+            "images": [{"id": 1, "file_name": "a", "width": 200, "height": 200}],
+            "annotations": [box(1, 5, [0, 0, 50, 50], id=1, area=2500, iscrowd=0), second],
+            "categories": [{"id": 5, "name": "a"}],
+        }
+
     def test_known_case(self):
         """Two objects of one class. The better-scored detection is wrong, one of the others has an IoU of 0.62.
 
@@ -399,15 +408,7 @@ class TestEvaluation:
         At IoU 0.75 only rank 2 is a hit: precision 1/2 up to recall 1/2, which are 51 of 101 points.
         Among medium objects the wrong detection, a small one, does not count: 1 at the three thresholds up to 0.6.
         """
-        truth = {
-            "info": {},
-            "images": [{"id": 1, "file_name": "a", "width": 200, "height": 200}],
-            "annotations": [
-                box(1, 5, [0, 0, 50, 50], id=1, area=2500, iscrowd=0),
-                box(1, 5, [100, 100, 50, 50], id=2, area=2500, iscrowd=0),
-            ],
-            "categories": [{"id": 5, "name": "a"}],
-        }
+        truth = self.two_objects(box(1, 5, [100, 100, 50, 50], id=2, area=2500, iscrowd=0))
         boxes = [[60, 0, 90, 30], [0, 0, 50, 50], [100, 100, 131, 150]]
         results = coco_results([self.output(boxes, [0.9, 0.8, 0.7], [1, 1, 1])], [1], (0, 5))
         figures = evaluate_coco(truth, results)
@@ -416,15 +417,7 @@ class TestEvaluation:
         assert figures["APm"] == pytest.approx((3 + 7 * 51 / 101) / 10)
 
     def test_crowd_box_is_ignored(self):
-        truth = {
-            "info": {},
-            "images": [{"id": 1, "file_name": "a", "width": 200, "height": 200}],
-            "annotations": [
-                box(1, 5, [0, 0, 50, 50], id=1, area=2500, iscrowd=0),
-                box(1, 5, [100, 100, 80, 80], id=2, area=6400, iscrowd=1),
-            ],
-            "categories": [{"id": 5, "name": "a"}],
-        }
+        truth = self.two_objects(box(1, 5, [100, 100, 80, 80], id=2, area=6400, iscrowd=1))
         boxes = [[110, 110, 150, 150], [0, 0, 50, 50]]  # the first lies in the crowd: neither hit nor miss
         figures = evaluate_coco(truth, coco_results([self.output(boxes, [0.9, 0.8], [1, 1])], [1], (0, 5)))
         assert figures["AP"] == pytest.approx(1.0)
