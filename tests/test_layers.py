@@ -17,7 +17,7 @@ LAYERS = [
     {"loop", "stages"},
     {"adjoints"},
     {"api"},
-    {"nn", "gradient_error"},
+    {"nn", "gradient_error", "spectral", "regularization", "monitor", "plots", "diagnosis", "diagnose"},
 ]
 LEVEL = {f"deqkit.{name}": level for level, names in enumerate(LAYERS) for name in names}
 
