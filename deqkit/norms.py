@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from deqkit import linalg
@@ -27,7 +26,8 @@ class StateNorm(Protocol):
 
 def l2(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
     """The Euclidean norm over all leaves of a sample."""
-    return linalg.norm(r).unsqueeze(0), linalg.norm(fx).unsqueeze(0)
+    sizes = linalg.norms((r, fx))
+    return sizes[:1], sizes[1:]
 
 
 def leaf_max(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,8 @@ def leaf_max(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
 
     A flat norm hides an unconverged small leaf behind a large one; this one does not.
     """
-    return torch.stack([linalg.row_norm(b) for b in r]), torch.stack([linalg.row_norm(b) for b in fx])
+    sizes = linalg.row_norms((*r, *fx))
+    return sizes[: len(r)], sizes[len(r) :]
 
 
 _NORMS: dict[str, StateNorm] = {"l2": l2, "leaf_max": leaf_max}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deqkit import linalg, loop
-from deqkit.loop import LoopResult, StepInfo
+from deqkit.ledger import LoopResult
+from deqkit.loop import StepInfo
 from deqkit.norms import StateNorm
 from deqkit.solution import Status
 from deqkit.solvers.base import Solver

@@ -5,7 +5,8 @@ A sample is done when |f(x) - x| <= atol + rtol |f(x)|. It is given up early
 * as diverged, when its residual exceeds `divergence_factor` times |f(x0) - x0| + |f(x0)|, the scale of the problem at
   the start (so that a good starting point, whose first residual is tiny, is no ground for alarm);
 * as diverged, too, when its patience runs out (see below) at a residual beyond the square root of that factor;
-* as stagnated, when for `patience` steps the best distance from the tolerance has not shrunk by even `min_progress`.
+* as stagnated, when in the last `patience` steps the best distance from the tolerance has not shrunk by even
+  `min_progress`.
 
 Where a norm tells several parts of the state apart, the part farthest from its tolerance speaks for the sample.
 
@@ -17,10 +18,17 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+
+from deqkit import arrays
+from deqkit.arrays import Array
+
+# Below any tolerance that means something, and above what makes an overflow of a residual of ordinary size.
+_SMALLEST = {torch.float64: 1e-270, torch.float32: 1e-30, np.dtype("float64"): 1e-270, np.dtype("float32"): 1e-30}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Termination:
         """Whether the solve runs its full number of steps whatever the residual."""
         return self.rtol == 0 and self.atol == 0
 
-    def measure(self, residuals: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(self, residuals: Array, scales: Array) -> tuple[Array, Array, Array]:
         """Residual, scale and `distance`, each (B,), of the part of each sample that is farthest from done.
 
         Args:
@@ -68,21 +76,19 @@ class Termination:
             scales: likewise.
         """
         distances = self.distance(residuals, scales)
-        if distances.shape[0] == 1:
+        if len(distances) == 1:
             return residuals[0], scales[0], distances[0]
-        worst = distances.argmax(dim=0, keepdim=True)  # to which NaN is the largest of all
-        residual, scale, distance = (t.gather(0, worst).squeeze(0) for t in (residuals, scales, distances))
-        return residual, scale, distance
+        worst = distances.argmax(0), arrays.indices(distances[0])  # to which NaN is the largest of all
+        return residuals[worst], scales[worst], distances[worst]
 
-    def distance(self, residual: Tensor, scale: Tensor) -> Tensor:
-        """How far from done: the residual in units of the tolerance, done at <= 1; NaN where anything is not finite.
+    def distance(self, residual: Array, scale: Array) -> Array:
+        """How far from done: the residual in units of the tolerance, done at <= 1; not finite where anything is not.
 
         With fixed steps it is the relative residual, and done only at exactly 0.
         """
-        tolerance = scale if self.fixed_steps else self.atol + self.rtol * scale
-        distance = (residual / tolerance).masked_fill(residual == 0, 0.0)
-        # Any residual is small relative to an infinite scale. Neither is negative: NaN, too, fails this.
-        return distance.masked_fill(~(residual + scale < torch.inf), torch.nan)
+        tolerance = scale if self.fixed_steps else self.rtol * scale + self.atol
+        # No residual is divided by zero, and none is small relative to an infinite scale.
+        return residual / arrays.at_least(tolerance, _SMALLEST[residual.dtype]) + 0 * scale
 
     @property
     def target(self) -> float:
@@ -101,22 +107,22 @@ def patience_for(max_steps: int, blind_steps: int = 0) -> int:
 
 
 class Patience:
-    """Per-sample memory of the divergence and stagnation tests; all tensors (B,)."""
+    """Per-sample memory of the divergence and stagnation tests; all arrays (B,)."""
 
-    def __init__(self, termination: Termination, residual: Tensor, scale: Tensor) -> None:
+    def __init__(self, termination: Termination, residual: Array, scale: Array) -> None:
         self.termination = termination
         self.start = residual + scale
-        self.reference = torch.full_like(residual, torch.inf)
-        self.idle_steps = torch.zeros_like(residual, dtype=torch.int32)
+        self.limit = termination.divergence_factor * self.start
+        self.low_limit = math.sqrt(termination.divergence_factor) * self.start
+        self.bests: deque[Array] = deque(maxlen=termination.patience + 1)  # distances, after every step
 
-    def diverged(self, residual: Tensor, stagnated: Tensor) -> Tensor:
-        """Which samples have left the scale of their start, by how far it takes for each."""
-        factor = self.termination.divergence_factor
-        return residual > torch.where(stagnated, math.sqrt(factor), factor) * self.start
+    def diverged(self, residual: Array) -> Array:
+        """Which samples have left the scale of their start, however patient one is."""
+        return residual > self.limit
 
-    def stagnated(self, distance: Tensor) -> Tensor:
-        """Record one more distance, and tell which samples have stopped making progress."""
-        progress = distance < (1 - self.termination.min_progress) * self.reference
-        self.reference = torch.where(progress, distance, self.reference)
-        self.idle_steps = (self.idle_steps + 1).masked_fill(progress, 0)
-        return self.idle_steps >= self.termination.patience
+    def stagnated(self, best_distance: Array) -> Array | None:
+        """Record the best distance so far, and tell which samples have made no progress; None before any could."""
+        self.bests.append(best_distance)
+        if len(self.bests) <= self.termination.patience:
+            return None
+        return best_distance > (1 - self.termination.min_progress) * self.bests[0]

@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"state", "norms", "linalg"},
+    {"arrays", "state", "norms", "linalg"},
     {"errors", "solution", "termination"},
     {"solvers"},
-    {"loop", "stages"},
+    {"ledger", "loop", "stages"},
     {"adjoints"},
     {"api"},
     {"nn", "gradient_error", "spectral", "regularization", "monitor", "plots", "diagnosis", "diagnose"},

@@ -11,12 +11,13 @@ from equations import linear, tanh
 from torch import Tensor
 
 import deqkit
-from deqkit.solvers.base import Point, SolverState
+from deqkit.solvers.base import Measured, Point, SolverState
 
 
 def visit(state: SolverState, x: Tensor, fx: Tensor) -> Tensor:
     residual = (fx - x).norm(dim=1)
-    return state.step(Point((x,), (fx,), (fx - x,), residual, residual / fx.norm(dim=1), 100, 1e-16))[0]
+    measured = Measured(residual, residual / fx.norm(dim=1), torch.full_like(residual, torch.inf))
+    return state.step(Point((x,), (fx,), (fx - x,), measured, 100, 1e-16))[0]
 
 
 def random_points(n: int, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,25 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from deqkit import arrays
+from deqkit.arrays import Array
+from deqkit.linalg import Scaling
 from deqkit.state import Blocks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a point compares, per sample (B,), on the host or on the device.
+
+    Attributes:
+        residual: the norm of f(x) - x.
+        distance: `Termination.distance` of the point.
+        best_distance: the smallest so far, this one included.
+    """
+
+    residual: Array
+    distance: Array
+    best_distance: Array
 
 
 @dataclass(frozen=True)
@@ -22,8 +40,7 @@ class Point:
         x: the point, (B, d) per leaf.
         fx: f(x).
         r: the residual f(x) - x.
-        residual: the norm of r, (B,), without gradient.
-        distance: `Termination.distance` of the point, (B,), without gradient.
+        measured: its sizes, without gradient.
         steps_left: how many more points the solve may evaluate.
         resolution: relative precision of a value of f.
     """
@@ -31,10 +48,19 @@ class Point:
     x: Blocks
     fx: Blocks
     r: Blocks
-    residual: Tensor
-    distance: Tensor
+    measured: Measured
     steps_left: int
     resolution: float
+
+    @property
+    def residual(self) -> Tensor:
+        """The norm of r, (B,), on the device of x."""
+        return arrays.as_tensor(self.measured.residual, self.x[0])
+
+    @property
+    def distance(self) -> Tensor:
+        """`Termination.distance`, (B,), on the device of x."""
+        return arrays.as_tensor(self.measured.distance, self.x[0])
 
 
 class SolverState(Protocol):
@@ -79,26 +105,39 @@ class Safeguard:
 
     Args:
         restart_factor: a sample drops its pairs when its distance exceeds this multiple of its best one.
-        first: the distance of the first point, (B,).
+        num_samples: B.
+        device: of the state.
+
+    Attributes:
+        usable: bool (B, n), of the n pairs stored so far; None while all are known to be.
     """
 
-    def __init__(self, restart_factor: float, first: Tensor) -> None:
-        self.restart_factor, self.best_distance = restart_factor, first
-        self.usable = torch.zeros(first.shape[0], 0, dtype=torch.bool, device=first.device)
+    def __init__(self, restart_factor: float, num_samples: int, device: torch.device) -> None:
+        self.restart_factor, self.num_samples, self.device = restart_factor, num_samples, device
+        self.num_pairs = 0
+        self.usable: Tensor | None = None
 
-    def restart(self, distance: Tensor) -> None:
+    def restart(self, point: Point) -> None:
         """Take away all pairs of samples that are far above their best."""
-        restart = distance > self.restart_factor * self.best_distance
-        self.usable = self.usable & ~restart.unsqueeze(1)
-        self.best_distance = torch.minimum(self.best_distance, distance)
+        far = point.measured.distance > self.restart_factor * point.measured.best_distance
+        if not arrays.known_none(far):
+            self.usable = self._written_out() & ~arrays.as_tensor(far, point.x[0]).unsqueeze(1)
 
-    def admit(self, slot: int, good: Tensor) -> None:
-        """Enter the pair that was written to ``slot``, usable where ``good`` (B,)."""
-        if slot >= self.usable.shape[1]:
-            self.usable = torch.cat([self.usable, good.unsqueeze(1)], dim=1)
-        else:
-            self.usable = self.usable.clone()
-            self.usable[:, slot] = good
+    def admit(self, slot: int, scaling: Scaling) -> None:
+        """Enter the pair that was written to ``slot``, usable where its scaling is good."""
+        if self.usable is not None or not scaling.all_good:
+            usable = self._written_out()
+            if slot == self.num_pairs:
+                self.usable = torch.cat([usable, scaling.good.unsqueeze(1)], dim=1)
+            else:
+                self.usable = usable.clone()
+                self.usable[:, slot] = scaling.good
+        self.num_pairs = max(self.num_pairs, slot + 1)
+
+    def _written_out(self) -> Tensor:
+        if self.usable is not None:
+            return self.usable
+        return torch.ones(self.num_samples, self.num_pairs, dtype=torch.bool, device=self.device)
 
 
 def as_int(name: str, value: Any) -> int:

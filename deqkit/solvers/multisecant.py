@@ -18,7 +18,8 @@ Source: Fang & Saad, "Two classes of multisecant methods for nonlinear accelerat
 Deliberate deviations:
 * Every pair is divided by the length of its vector in W before it is stored, which leaves the step as it is. M then has
   entries of order one, a ridge is relative to its trace, and old, large differences do not drown new, small ones.
-* One row and one column of the products are computed per step; the m by m system is solved in float64.
+* One row and one column of M are computed per step, when the pair is the newest: which of two pairs is the older
+  never changes. The m by m system is solved in float64.
 * Each sample has a safeguard of its own: a pair that is no use (nothing changed, or not finite) is skipped, a solve
   that fails falls back to the plain step, and a distance far above the best one seen clears that sample's history.
 * Dropping the oldest pair leaves exactly the method that the remaining pairs define.
@@ -34,7 +35,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deqkit import linalg
+from deqkit import arrays, linalg
+from deqkit.arrays import Array
 from deqkit.solvers.base import Point, Safeguard
 from deqkit.state import Blocks
 
@@ -61,31 +63,33 @@ class Formula:
 
 
 class MultisecantState:
-    """Last point, and the ring of scaled pairs with their products."""
+    """The last point, and the ring of scaled pairs with the small system that they make."""
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
         self.last: Point | None = None
+        self.last_plain: Blocks = ()
         self.left = linalg.History(formula.history)  # W
         self.move = linalg.History(formula.history)  # S + beta Y
-        self.left_left: Tensor  # W^T W, (B, m, m)
-        self.left_move: Tensor  # W^T (S + beta Y), (B, m, m); of type I only
+        self.system: Tensor  # M, (B, m, m), with the ridge; zero between a pair that is usable and one that is not
+        self.ridge: float
         self.safeguard: Safeguard
 
     def step(self, point: Point) -> Blocks:
         """The next point."""
+        plain = self._plain(point)
         if self.last is None:
             self._allocate(point)
         else:
-            self.safeguard.restart(point.distance)
-            self._remember(point, self.last)
-        self.last = point
-        plain = self._plain(point)
+            self.safeguard.restart(point)
+            self._remember(point, plain, self.last)
+        self.last, self.last_plain = point, plain
         if self.left.count == 0:
             return plain
         return self.move.subtract_combination(plain, self._coefficients(point))
 
     def _plain(self, point: Point) -> Blocks:
+        """The step without history, x + beta r."""
         beta = self.formula.mixing
         if beta == 1:  # a copy: f may hand out the same buffer again, or a tensor of the caller's
             return tuple(fx.clone() for fx in point.fx)
@@ -93,67 +97,69 @@ class MultisecantState:
 
     def _allocate(self, point: Point) -> None:
         x = point.x[0]
-        self.left_left = torch.zeros(x.shape[0], 0, 0, dtype=linalg.small_dtype(x.device), device=x.device)
-        self.left_move = self.left_left
-        self.safeguard = Safeguard(self.formula.restart_factor, point.distance)
+        self.system = torch.zeros(x.shape[0], 0, 0, dtype=linalg.small_dtype(x.device), device=x.device)
+        ridge = self.formula.ridge
+        self.ridge = 10 * torch.finfo(x.dtype).eps if ridge is None else ridge
+        self.safeguard = Safeguard(self.formula.restart_factor, x.shape[0], x.device)
 
-    def _remember(self, point: Point, last: Point) -> None:
-        beta, slot, dtype = self.formula.mixing, self.left.next_slot, self.left_left.dtype
-        s = tuple(torch.sub(a, b) for a, b in zip(point.x, last.x, strict=True))
+    def _remember(self, point: Point, plain: Blocks, last: Point) -> None:
+        slot = self.left.next_slot
         y = tuple(torch.sub(a, b) for a, b in zip(point.r, last.r, strict=True))
-        move = tuple(torch.add(a, b, alpha=beta) for a, b in zip(s, y, strict=True))
-        left = s if self.formula.left == "S" else y
-        factor, good = linalg.inverse_size(linalg.norm(left), left[0].dtype)
-        good = good & torch.isfinite(point.residual)
-        factor = torch.where(good, factor, 0.0)
-        left, move = linalg.scale(left, factor), linalg.scale(move, factor)
-        self.left.push(left)
-        self.move.push(move)
-        n, m = self.left.num_columns, self.formula.history
-        products = self.left.dot(left).to(dtype)
-        self.left_left = linalg.grown(self.left_left, n, m)
-        self.left_left = linalg.write_column(linalg.write_row(self.left_left, slot, products), slot, products)
-        if self.formula.left == "S":
-            self.left_move = linalg.grown(self.left_move, n, m)
-            row, column = self.move.dot(left).to(dtype), self.left.dot(move).to(dtype)
-            self.left_move = linalg.write_column(linalg.write_row(self.left_move, slot, row), slot, column)
-        self.safeguard.admit(slot, good)
+        move = tuple(torch.sub(a, b) for a, b in zip(plain, self.last_plain, strict=True))
+        if self.formula.left == "Y":
+            left, scaling = y, linalg.unit_scaling(y)
+        else:
+            left = tuple(torch.sub(a, b) for a, b in zip(point.x, last.x, strict=True))
+            scaling = linalg.unit_scaling(left, point.residual < torch.inf)
+        left = self.left.push(left, scaling)
+        self.move.push(move, scaling)
+        self.safeguard.admit(slot, scaling)
+        self._extend_system(slot, left, y, scaling)
+
+    def _extend_system(self, slot: int, left: Blocks, y: Blocks, scaling: linalg.Scaling) -> None:
+        """Write the row and the column of M that belong to the newest pair."""
+        formula, n, dtype = self.formula, self.left.num_columns, self.system.dtype
+        if formula.left == "Y":
+            column = self.left.dot(left).to(dtype)
+            row = torch.zeros_like(column) if formula.triangular else column
+        else:
+            column = self.left.dot(y).to(dtype) * scaling.factor.unsqueeze(1)
+            row = self.move.dot(left).to(dtype)  # s^T S + beta s^T Y: what Broyden's form asks for
+            if not formula.triangular:
+                row = (row - self.left.dot(left).to(dtype)) / formula.mixing
+        if self.safeguard.usable is not None:
+            pairs = self.safeguard.usable & scaling.good.unsqueeze(1)
+            unit = torch.arange(n, device=column.device) == slot
+            row, column = torch.where(pairs, row, 0.0), torch.where(pairs, column, unit.to(dtype))
+        self.system = linalg.grown(self.system, n, formula.history)
+        self.system = linalg.write_column(linalg.write_row(self.system, slot, row), slot, column)
+        if self.ridge:
+            self.system[:, slot, slot].add_(self.ridge)
 
     def _coefficients(self, point: Point) -> Tensor:
         """M^-1 W^T r, (B, n): zero for columns that are not usable, and for samples whose small system fails."""
         n = self.left.num_columns
-        usable = self.safeguard.usable[:, :n]
-        right = torch.where(usable, self.left.dot(point.r).to(self.left_left.dtype), 0.0)
-        identity = torch.eye(n, dtype=right.dtype, device=right.device)
-        ridge = self.formula.ridge
-        if ridge is None:
-            ridge = 10 * torch.finfo(point.x[0].dtype).eps
-        both = usable.unsqueeze(1) & usable.unsqueeze(2)
-        system = torch.where(both, self._system(n), identity) + ridge * identity
+        right = self.left.dot(point.r).to(self.system.dtype)
+        if self.safeguard.usable is not None:
+            right = torch.where(self.safeguard.usable, right, 0.0)
+        system = self.system[:, :n, :n]
         if self._symmetric:
             factor, info = torch.linalg.cholesky_ex(system)
             gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
         else:
             gamma, info = torch.linalg.solve_ex(system, right.unsqueeze(2))
             gamma = gamma.squeeze(2)
-        good = (info == 0) & torch.isfinite(gamma).all(dim=1)
-        return torch.where(good.unsqueeze(1), gamma, 0.0)
+        return _where_solved(gamma, info)
 
     @property
     def _symmetric(self) -> bool:
         return self.formula.left == "Y" and not self.formula.triangular
 
-    def _system(self, n: int) -> Tensor:
-        """M, (B, n, n)."""
-        products = self.left_left[:, :n, :n]
-        if self.formula.left == "Y":
-            return torch.where(self._not_younger(n), products, 0.0) if self.formula.triangular else products
-        # S^T Y = (S^T (S + beta Y) - S^T S) / beta
-        secant = (self.left_move[:, :n, :n] - products) / self.formula.mixing
-        return secant + torch.where(self._not_younger(n), 0.0, products) if self.formula.triangular else secant
 
-    def _not_younger(self, n: int) -> Tensor:
-        """(n, n): whether the pair in the row is as old as the one in the column, or older."""
-        newest = (self.left.count - 1) % self.left.size
-        age = (newest - torch.arange(n, device=self.left_left.device)) % self.left.size
-        return age.unsqueeze(1) >= age.unsqueeze(0)
+def _where_solved(gamma: Tensor, info: Tensor) -> Tensor:
+    """The solutions (B, n) of the small systems, and zero where there is none."""
+    seen: tuple[Array, Array] = (gamma, info)
+    if arrays.free_to_look(gamma.device):
+        seen = arrays.to_host(gamma), arrays.to_host(info)
+    solved = (seen[1] == 0) & (abs(seen[0]) < torch.inf).all(1)
+    return gamma if arrays.known_all(solved) else torch.where(arrays.as_tensor(solved, gamma).unsqueeze(1), gamma, 0.0)
