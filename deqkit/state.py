@@ -40,17 +40,12 @@ class _Leaf:
     name: str
     shape: torch.Size
     dtype: torch.dtype
+    real_dtype: torch.dtype
     order: tuple[int, ...]  # dims in memory order, batch dims first
     inverse: tuple[int, ...]
+    is_plain: bool  # whether that is the order of the dims
     permuted_shape: tuple[int, ...]
-
-    @property
-    def real_dtype(self) -> torch.dtype:
-        return _REAL_OF.get(self.dtype, self.dtype)
-
-    @property
-    def is_plain(self) -> bool:
-        return self.order == tuple(range(len(self.order)))
+    width: int  # d
 
 
 def _memory_order(x: Tensor, batch_dims: int) -> tuple[int, ...]:
@@ -102,7 +97,9 @@ class StateLayout:
         order = _memory_order(x, self.batch_dims)
         inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
         permuted = tuple(x.shape[d] for d in order) + ((2,) if x.is_complex() else ())
-        return _Leaf(name, x.shape, x.dtype, order, inverse, permuted)
+        real, plain = _REAL_OF.get(x.dtype, x.dtype), order == tuple(range(len(order)))
+        width = math.prod(permuted[self.batch_dims :])
+        return _Leaf(name, x.shape, x.dtype, real, order, inverse, plain, permuted, width)
 
     @property
     def resolution(self) -> float:
@@ -121,7 +118,7 @@ class StateLayout:
             x = x.permute(leaf.order)
         if x.is_complex():
             x = torch.view_as_real(x.resolve_conj())
-        return x.reshape(self.num_samples, math.prod(leaf.permuted_shape[self.batch_dims :])).to(self.dtype)
+        return x.reshape(self.num_samples, leaf.width).to(self.dtype)
 
     def unpack(self, blocks: Blocks) -> Any:
         """The blocks as a pytree of x0's structure, shapes and dtypes: views wherever dtypes allow it."""
