@@ -8,6 +8,7 @@ from deqkit.gradient_error import GradientError, gradient_error
 from deqkit.loop import StepInfo
 from deqkit.solution import AdjointStats, Solution, Status
 from deqkit.solvers import GMRES, Anderson, Auto, Broyden, FixedPointIteration, NewtonKrylov, Solver
+from deqkit.spectral import Estimate, eigenvalues, frobenius_norm, spectral_norm, spectral_radius
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Estimate",
     "FixedPointIteration",
     "GradientError",
     "ImplicitAdjoint",
@@ -33,7 +35,11 @@ __all__ = [
     "StepInfo",
     "UnrolledAdjoint",
     "__version__",
+    "eigenvalues",
+    "frobenius_norm",
     "gradient_error",
     "nn",
     "solve",
+    "spectral_norm",
+    "spectral_radius",
 ]

@@ -1,7 +1,7 @@
 """Faults found in other libraries, one test each: what they got silently wrong, where they crashed, what they wasted.
 
 The numbers are those of a list of 28 faults of torchdeq 0.1.0. Missing are those of features that deqkit does not have:
-9 (spectral radius of complex pairs), 19 (dropout masks), 20 (weight normalisation).
+19 (dropout masks), 20 (weight normalisation).
 """
 
 from __future__ import annotations
@@ -246,6 +246,27 @@ def test_fault_08_gradients_in_eval_mode() -> None:
         x = layer.train(mode)(torch.zeros_like(b), b)
         grads.append(torch.autograd.grad(x.square().sum(), layer.module.linear.weight)[0])
     assert grads[1].any() and torch.equal(*grads)
+
+
+def test_fault_09_spectral_radius_of_complex_pairs() -> None:
+    """A power iteration turns with the pair for ever, and gave whatever it saw last: 0.486 for 0.9."""
+    skewed = torch.tensor([[0.0, -2.7], [0.3, 0.0]], dtype=torch.float64)  # eigenvalues +0.9i and -0.9i, not normal
+    a = torch.block_diag(skewed, 0.8 * torch.eye(3, dtype=torch.float64))
+    u = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    quotients = []
+    for _ in range(200):
+        u = u @ a
+        u = u / u.norm()
+        quotients.append(torch.linalg.vecdot(u @ a, u).abs().item())
+    assert max(quotients[-10:]) - min(quotients[-10:]) > 0.1 or abs(quotients[-1] - 0.9) > 0.1
+    x = torch.zeros(1, 5, dtype=torch.float64)
+    assert deqkit.spectral_radius(lambda x: x @ a.T, x).item() == pytest.approx(0.9, rel=1e-12)
+    for history in (3, 4):  # where the Krylov space is started again and again
+        wide = torch.block_diag(a, torch.diag(torch.linspace(-0.7, 0.7, 60, dtype=torch.float64)))
+        radius = deqkit.spectral_radius(
+            lambda x, a=wide: x @ a.T, torch.zeros(1, 65, dtype=torch.float64), history=history, max_products=1000
+        )
+        assert radius.item() == pytest.approx(0.9, rel=1e-3)
 
 
 def test_fault_10_settings_are_neither_changed_nor_swallowed() -> None:
