@@ -6,6 +6,16 @@ from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 from deqkit.gradient_error import GradientError, gradient_error
 from deqkit.loop import StepInfo
+from deqkit.regularization import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    StepSchedule,
+    correction_loss,
+    jacobian_penalty,
+    spectral_norm_penalty,
+)
 from deqkit.solution import AdjointStats, Solution, Status
 from deqkit.solvers import GMRES, Anderson, Auto, Broyden, FixedPointIteration, NewtonKrylov, Solver
 from deqkit.spectral import Estimate, eigenvalues, frobenius_norm, spectral_norm, spectral_radius
@@ -20,26 +30,34 @@ __all__ = [
     "Anderson",
     "Auto",
     "Broyden",
+    "ConstantSchedule",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CosineSchedule",
     "Estimate",
     "FixedPointIteration",
     "GradientError",
     "ImplicitAdjoint",
+    "LinearSchedule",
     "NeumannAdjoint",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "Schedule",
     "Solution",
     "Solver",
     "Status",
     "StepInfo",
+    "StepSchedule",
     "UnrolledAdjoint",
     "__version__",
+    "correction_loss",
     "eigenvalues",
     "frobenius_norm",
     "gradient_error",
+    "jacobian_penalty",
     "nn",
     "solve",
     "spectral_norm",
+    "spectral_norm_penalty",
     "spectral_radius",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,19 @@ def test_an_estimate_that_is_not_known_says_so() -> None:
     assert ((radius - torch.tensor([1.0, 1.5, 2.0])).abs() <= error).all()
 
 
+def test_what_is_said_to_be_known_is_known() -> None:
+    """Over 150 maps with crowded spectra: now and then one eigenvalue settles before a larger one has shown."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.linalg.qr(torch.randn(150, 64, 64, dtype=torch.float64, generator=generator))[0]
+    a = q * torch.rand(150, 1, 64, dtype=torch.float64, generator=generator)
+    f, x = lambda x: torch.einsum("bij,bj->bi", a, x), torch.zeros(150, 64, dtype=torch.float64)
+    for tool, true in ((deqkit.spectral_radius, true_radius), (deqkit.spectral_norm, true_norm)):
+        value, error, _ = tool(f, x, rtol=1e-3, max_products=400, return_error=True)
+        off = (value - true(a)).abs()
+        assert (error <= 1.1e-3 * value).all() and (off <= 1.1e-3 * value).all()
+        assert (off <= error + 1e-12).double().mean() > 0.98  # of first order, and no bound
+
+
 def test_samples_that_take_different_times_do_not_wait_for_nor_disturb_each_other() -> None:
     slow = matrix(60, 0.9, seed=0)
     fast = torch.diag(torch.linspace(0.01, 0.1, 60, dtype=torch.float64))
@@ -117,23 +132,29 @@ def test_samples_that_take_different_times_do_not_wait_for_nor_disturb_each_othe
         assert (alone.num_products < together.num_products) == (i == 1)
 
 
-def test_arnoldi_relation_holds_through_restarts() -> None:
-    """A V = V H + v c^T, with V orthonormal, after any number of products."""
-    a = torch.stack([matrix(30, 1.0, seed=0), rotations(30, 1.0)])
+@pytest.mark.parametrize("upper", [0, 8])
+def test_arnoldi_relation_holds_through_restarts(upper: float) -> None:
+    """A V = V H + v c^T with V orthonormal, after any number of products; what is lost to a bad basis is known."""
+    decaying = torch.diag(10.0 ** -torch.arange(0, 30, 0.5, dtype=torch.float64))  # where orthogonality is soon lost
+    a = torch.stack([matrix(60, 1.0, seed=0), rotations(60, 1.0), decaying])
+    a = a + upper * torch.triu(matrix(60, 1.0, seed=4), diagonal=1)
     product = lambda u: (torch.einsum("bij,bj->bi", a, u[0]),)  # noqa: E731
-    start = (torch.randn(1, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
-    for num_steps in (1, 7, 8, 12, 23):
-        arnoldi = Arnoldi(product, start, 2, history=8, resolution=1e-16)
+    start = (torch.randn(1, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
+    lost = torch.zeros(3, dtype=torch.float64)
+    for num_steps in (1, 7, 16, 20, 47, 100):
+        arnoldi = Arnoldi(product, start, 3, history=16, resolution=1e-16)
         find_dominant(arnoldi, rtol=0.0, max_steps=num_steps)
         n = arnoldi.num_columns
         v = arnoldi.basis._buffers[0][:, :n].mT
-        left = a @ v
         right = v @ arnoldi.matrix[:, :n, :n] + arnoldi.next[0].unsqueeze(2) * arnoldi.coupling[:, :n].unsqueeze(1)
-        torch.testing.assert_close(left, right, rtol=0, atol=1e-10)
+        off = torch.linalg.matrix_norm(a @ v - right)
+        assert (off <= 1.01 * arnoldi.lost + 1e-13 * (1 + upper)).all()
         gram = v.mT @ v
         kept = gram.diagonal(dim1=1, dim2=2).round()  # a vector that would cut a pair is a zero in its place
-        torch.testing.assert_close(gram, torch.diag_embed(kept), rtol=0, atol=1e-12)
-        assert (kept.sum(1) >= n - 1).all() and arnoldi.lost.max() < 1e-10
+        torch.testing.assert_close(gram, torch.diag_embed(kept), rtol=0, atol=1e-13)
+        assert (kept.sum(1) >= n - 1).all() or num_steps > 30
+        lost = torch.maximum(lost, arnoldi.lost)
+    assert (lost < 1e-9).all() if upper == 0 else (lost > 1e-13).any()
 
 
 # Spectral and Frobenius norm
@@ -311,10 +332,11 @@ def test_a_holomorphic_f_has_the_spectrum_of_its_complex_jacobian() -> None:
     torch.testing.assert_close(deqkit.spectral_norm(f, x), torch.linalg.matrix_norm(a, 2).expand(2), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("n", [12, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lower_precision(dtype: torch.dtype) -> None:
+def test_lower_precision(dtype: torch.dtype, n: int) -> None:
     """As good as the dtype allows, without a warning that nobody could do anything about."""
-    f, x, jacobians = batch_of(MATRICES["pairs"](12))
+    f, x, jacobians = batch_of(MATRICES["pairs"](n))
     x = x.to(dtype)
     eps = torch.finfo(dtype).eps
     for tool, true in ((deqkit.spectral_radius, true_radius), (deqkit.spectral_norm, true_norm)):
@@ -322,7 +344,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
         assert estimate.value.dtype == torch.float32
         off = (estimate.value - true(jacobians)).abs()
         assert (off <= max(2e-4, 4 * eps) * true(jacobians)).all() and (off <= estimate.error + 1e-6).all()
-        tool(f, x, rtol=1e-4)
+        tool(f, x, rtol=0.0, max_products=400)  # which it stops short of, having all that there is
     frobenius, error, _ = deqkit.frobenius_norm(f, x, num_probes=100, return_error=True)
     assert ((frobenius - true_frobenius(jacobians)).abs() <= 4 * error + 4 * eps * frobenius).all()
 
@@ -343,6 +365,32 @@ def test_autocast_reaches_f_and_nothing_else() -> None:
     assert seen == [torch.bfloat16] * 2 and radius.dtype == norm.dtype == torch.float32
     torch.testing.assert_close(radius, torch.full((2,), 0.9), rtol=2e-2, atol=0)
     torch.testing.assert_close(norm, torch.full((2,), 0.9), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tiny_and_huge_jacobians(tool: str, dtype: torch.dtype) -> None:
+    """Whose squares the dtype cannot hold."""
+    a = matrix(6, 1.0, seed=0).to(dtype)
+    x = torch.ones(1, 6, dtype=dtype)
+    expected = TOOLS[tool](lambda x: x @ a.T, x)
+    for size in (1e-30, 1e30) if dtype == torch.float32 else (2.0**-11, 2.0**10):
+        found = TOOLS[tool](lambda x, s=size: s * (x @ a.T), x)
+        torch.testing.assert_close(found / size, expected, rtol=max(1e-4, 10 * torch.finfo(dtype).eps), atol=0)
+
+
+def test_attention_and_transforms_are_refused_with_advice() -> None:
+    attention = torch.nn.functional.scaled_dot_product_attention
+    x = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(0))
+    f = lambda x: 0.5 * attention(x, x, x)  # noqa: E731
+    with pytest.raises(RuntimeError) as raised:
+        deqkit.spectral_norm(f, x)
+    assert "fused attention are not (see torch.nn.attention.sdpa_kernel" in raised.value.__notes__[0]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        norm = deqkit.spectral_norm(f, x)
+        torch.testing.assert_close(norm, true_norm(dense(f, x.double(), (2,))).float(), rtol=1e-3, atol=0)
+    with pytest.raises(NotImplementedError, match="torch.func does not go through"):
+        torch.func.vmap(lambda x: deqkit.spectral_radius(f, x))(x[None])
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -415,6 +463,22 @@ def test_f_is_called_once_and_nothing_is_left_behind(tool: str) -> None:
         assert torch.equal(TOOLS[tool](f, x.clone(), (scale.clone(),)), value)
     layer.eval()
     assert torch.equal(TOOLS[tool](f, x, (scale,)), value)
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "jacobian_penalty", "spectral_norm_penalty"])
+def test_no_cycle_keeps_the_graph_alive(tool: str) -> None:
+    """What the graph holds goes when the result goes, without the garbage collector."""
+    w = torch.eye(3, requires_grad=True)
+    held = torch.ones(2, 3, requires_grad=True).exp()
+    gone = weakref.ref(held)
+    gc.collect()
+    gc.disable()
+    try:
+        value = getattr(deqkit, tool)(lambda x, b: torch.tanh(x @ w) * b, torch.zeros(2, 3), (held,))
+        del value, held
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_products_with_the_jacobian() -> None:

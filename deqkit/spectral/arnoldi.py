@@ -29,7 +29,7 @@ Legend: B samples, m history, n <= m columns in use, k columns kept.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from torch import Tensor
 from deqkit import linalg
 from deqkit.state import Blocks
 
-_CHECK_EVERY = 5  # products between two looks at the Ritz values
+_CHECK_EVERY = 8  # products between two looks at the Ritz values
 _INDEPENDENT = 10.0  # of a product, in units of the working precision, that must be new to the basis
 
 
@@ -49,11 +49,13 @@ class Dominant:
         modulus: |theta|; NaN where a product was not finite.
         error: estimate of how far that is off; NaN likewise.
         done: whether the tolerance was met, or all that the precision of a product gives; False where not finite.
+        exact: whether the basis has nothing to add.
     """
 
     modulus: Tensor
     error: Tensor
     done: Tensor
+    exact: Tensor
 
 
 @dataclass
@@ -142,7 +144,8 @@ class Arnoldi:
         finite = self.finite.cpu()
         done = finite & ((condition * residual <= rtol * modulus) | (residual <= noise))
         error = condition * (residual + noise)
-        return Dominant(modulus.masked_fill(~finite, torch.nan), error.masked_fill(~finite, torch.nan), done)
+        modulus, error = (t.masked_fill(~finite, torch.nan) for t in (modulus, error))
+        return Dominant(modulus, error, done, exact=(c == 0).all(dim=1))
 
     def restart(self, ritz: _Ritz, num_kept: int) -> None:
         """Keep ``num_kept`` of the Ritz vectors, or one more where a pair would be cut in two."""
@@ -164,29 +167,34 @@ class Arnoldi:
         self.matrix, self.coupling = torch.zeros_like(self.matrix), torch.zeros_like(self.coupling)
         self.matrix[:, : k + 1, : k + 1], self.coupling[:, : k + 1] = kept, coupling
 
-    def vector(self, ritz: _Ritz) -> Blocks:
-        """The dominant Ritz vector of a symmetric map, of unit length; zero where a product was not finite."""
-        nothing = tuple(torch.zeros_like(b) for b in self.next)
-        y = ritz.vectors[:, :, 0].real.to(self.matrix.device)
-        return self.basis.subtract_combination(nothing, -y)
+    def symmetric_vector(self) -> Blocks:
+        """The dominant Ritz vector of a map that is symmetric and not negative, on its device."""
+        n = self.num_columns
+        h = self.matrix[:, :n, :n]
+        y = torch.linalg.eigh((h + h.mT) / 2)[1][:, :, -1]
+        return self.basis.subtract_combination(tuple(torch.zeros_like(b) for b in self.next), -y)
 
 
 def find_dominant(arnoldi: Arnoldi, *, rtol: float, max_steps: int) -> Dominant:
     """Extend and restart the bases until every sample's eigenvalue is known to ``rtol``.
+
+    Now and then an eigenvalue is settled while a larger one has hardly shown: a sample is done when two looks in a row
+    say so.
 
     Args:
         arnoldi: fresh bases.
         rtol: error of the modulus that is wanted, relative to it.
         max_steps: limit of products.
     """
-    best: Dominant | None = None
+    best, last = None, None
     for step in range(1, max_steps + 1):
         arnoldi.extend()
         full = arnoldi.num_columns == arnoldi.history
         if not (full or step == max_steps or step % _CHECK_EVERY == 0):
             continue
         ritz = arnoldi.ritz()
-        best = _settled(best, arnoldi.dominant(ritz, rtol))
+        new = arnoldi.dominant(ritz, rtol)
+        best, last = _settled(best, new, last), new.done
         if bool((best.done | best.modulus.isnan()).all()):
             break
         if full and step < max_steps:
@@ -195,12 +203,14 @@ def find_dominant(arnoldi: Arnoldi, *, rtol: float, max_steps: int) -> Dominant:
     return best
 
 
-def _settled(old: Dominant | None, new: Dominant) -> Dominant:
-    """What is known now: a sample that was done stays as it was."""
+def _settled(old: Dominant | None, new: Dominant, last: Tensor | None) -> Dominant:
+    """What is known now: a sample that was done stays as it was; ``last`` tells which seemed to be, one look ago."""
+    confirmed = new.done & (new.exact if last is None else new.exact | last)
     if old is None:
-        return new
+        return replace(new, done=confirmed)
     return Dominant(
         torch.where(old.done, old.modulus, new.modulus),
         torch.where(old.done, old.error, new.error),
-        old.done | new.done,
+        old.done | confirmed,
+        old.exact | new.exact,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deqkit.errors import ConvergenceWarning
 from deqkit.solvers.base import as_int
-from deqkit.spectral.estimates import at_least
+from deqkit.spectral.estimates import as_number, at_least
 from deqkit.spectral.jacobian import Jacobian, exact_arithmetic, make_generator
 from deqkit.state import Blocks
 
@@ -58,9 +58,7 @@ def eigenvalues(
         ImportError: scipy is absent, and the state is not small.
     """
     num = at_least("num", num, 1)
-    if isinstance(rtol, bool) or not isinstance(rtol, int | float):
-        raise TypeError(f"rtol must be a number, got {rtol!r}")
-    if not rtol > 0:
+    if not as_number("rtol", rtol) > 0:
         raise ValueError(f"rtol must be positive, got {rtol}")
     jacobian = Jacobian(f, x, args, batch_dims)
     row = _row(sample, tuple(jacobian.layout.batch_shape))

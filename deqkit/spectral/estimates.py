@@ -15,6 +15,7 @@ one: to ask changes nothing about a training run, and the same question gets the
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from deqkit import linalg
 from deqkit.errors import ConvergenceWarning
 from deqkit.solvers.base import as_int
 from deqkit.spectral.arnoldi import Arnoldi, Dominant, find_dominant
-from deqkit.spectral.jacobian import Jacobian, exact_arithmetic, make_generator, random_signs
+from deqkit.spectral.jacobian import Gram, Jacobian, exact_arithmetic, make_generator, random_signs
 from deqkit.state import Blocks
 
 
@@ -135,7 +136,8 @@ def spectral_norm(
     Below 1, f contracts near x, in the Euclidean norm. Above 1, it may converge all the same: see `spectral_radius`.
 
     Args:
-        f: see `spectral_radius`, as are the others. It must be differentiable twice in reverse mode.
+        f: see `spectral_radius`, as are the others. It must be differentiable twice in reverse mode, which compiled
+            functions and fused attention are not.
         x: see there.
         args: see there.
         batch_dims: see there.
@@ -154,8 +156,10 @@ def spectral_norm(
     """
     search = _Search("spectral_norm", rtol, max_products, history, generator, return_error)
     jacobian = Jacobian(f, x, args, batch_dims)
-    found = search.run(jacobian, lambda u: jacobian.times(jacobian.transposed(u)), cost=2)
-    estimate = _estimate(jacobian, *_root(found.modulus, found.error))
+    gram = Gram(jacobian)
+    found = search.run(jacobian, gram, cost=2)
+    scale = torch.ones_like(found.modulus) if gram.scale is None else gram.scale.cpu()
+    estimate = _estimate(jacobian, *_root(found.modulus * scale, found.error * scale))
     return estimate if return_error else estimate.value
 
 
@@ -231,9 +235,7 @@ class _Search:
     return_error: bool
 
     def __post_init__(self) -> None:
-        if isinstance(self.rtol, bool) or not isinstance(self.rtol, int | float):
-            raise TypeError(f"rtol must be a number, got {self.rtol!r}")
-        if not self.rtol >= 0:
+        if not as_number("rtol", self.rtol) >= 0:
             raise ValueError(f"rtol must not be negative, got {self.rtol}")
         at_least("max_products", self.max_products, 2)
         at_least("history", self.history, 3)
@@ -245,7 +247,7 @@ class _Search:
         num_samples, size = jacobian.layout.num_samples, jacobian.num_reals
         if num_samples == 0 or size == 0:
             nothing = torch.zeros(num_samples, dtype=torch.float64)
-            return Dominant(nothing, nothing, nothing == 0)
+            return Dominant(nothing, nothing, nothing == 0, nothing == 0)
         with exact_arithmetic(jacobian.layout.device, gradients=False):
             start = jacobian.draw(torch.randn, generator, 1)
             arnoldi = Arnoldi(product, start, num_samples, min(self.history, size), jacobian.resolution)
@@ -285,6 +287,17 @@ def at_least(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def as_number(name: str, value: Any) -> float:
+    """A setting that is a real number.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def check_flag(name: str, value: Any) -> None:
