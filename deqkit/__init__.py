@@ -1,6 +1,6 @@
 """Deep equilibrium layers for PyTorch: solve x* = f(x*), differentiate through it, and know how well it went."""
 
-from deqkit import nn
+from deqkit import nn, plots
 from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
 from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
@@ -56,6 +56,7 @@ __all__ = [
     "gradient_error",
     "jacobian_penalty",
     "nn",
+    "plots",
     "solve",
     "spectral_norm",
     "spectral_norm_penalty",
