@@ -6,6 +6,7 @@ from deqkit.api import solve
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 from deqkit.gradient_error import GradientError, gradient_error
 from deqkit.loop import StepInfo
+from deqkit.monitor import Monitor
 from deqkit.regularization import (
     ConstantSchedule,
     CosineSchedule,
@@ -39,6 +40,7 @@ __all__ = [
     "GradientError",
     "ImplicitAdjoint",
     "LinearSchedule",
+    "Monitor",
     "NeumannAdjoint",
     "NewtonKrylov",
     "PhantomAdjoint",

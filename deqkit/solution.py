@@ -39,6 +39,8 @@ class AdjointStats:
         num_steps: steps per sample, batch.
         num_fn_evals: vector-Jacobian products taken.
         solver: name of the backward solver.
+        rtol: the relative tolerance of the adjoint solve.
+        atol: its absolute tolerance.
     """
 
     status: Tensor | None = None
@@ -47,6 +49,8 @@ class AdjointStats:
     num_steps: Tensor | None = None
     num_fn_evals: int = 0
     solver: str = ""
+    rtol: float = 0.0
+    atol: float = 0.0
 
     @property
     def converged(self) -> Tensor | None:
@@ -155,7 +159,7 @@ def _worst(relative: Tensor) -> float:
     return float(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
-_ADVICE = {
+ADVICE = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or make f contract faster (Jacobian penalty, smaller weights); if "
     "more steps do not help, check that f is deterministic",
     Status.STAGNATED: "loosen rtol, use a higher dtype, or check that f is deterministic "
@@ -192,7 +196,7 @@ def failure_message(what: str, outcome: Any, failed: Tensor, *, rtol: float, ato
     if 0 < rtol < 4 * resolution:
         lines.append(f"rtol={rtol:g} is below what the state's dtype can resolve ({resolution:.1e}).")
     seen = [code for code in Status if bool((status[failed] == code).any())]
-    lines += [f"{code.name}: {_ADVICE[code]}." for code in seen]
+    lines += [f"{code.name}: {ADVICE[code]}." for code in seen]
     return " ".join(lines)
 
 
@@ -206,7 +210,7 @@ def report_failure(
     Raises:
         ConvergenceError: under "raise".
     """
-    if policy == "ignore" or torch.compiler.is_compiling() or _is_capturing(outcome.status.device):
+    if policy == "ignore" or torch.compiler.is_compiling() or is_capturing(outcome.status.device):
         return
     failed = outcome.status != Status.CONVERGED if rtol or atol else outcome.status == Status.NONFINITE
     if not bool(failed.any()):
@@ -217,6 +221,6 @@ def report_failure(
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which nobody may look at values."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

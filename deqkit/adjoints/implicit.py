@@ -120,6 +120,7 @@ class ImplicitAdjoint(Adjoint):
         stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
         stats.residual, stats.relative_residual = per_sample(result.residual), per_sample(result.relative_residual)
         stats.num_fn_evals, stats.solver = f.num_calls, solver.name
+        stats.rtol, stats.atol = termination.rtol, termination.atol
         report_failure(
             problem.on_failure,
             what,

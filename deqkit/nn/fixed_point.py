@@ -41,6 +41,8 @@ class FixedPoint(nn.Module):
     Attributes:
         last_solution: the `Solution` of the last call, detached; None before the first. Copies and pickles start
             without it.
+        num_monitors: how many a `deqkit.Monitor` report this layer's failures. If any, `on_failure` "warn" does not
+            warn.
 
     Raises:
         TypeError: a setting of the wrong type.
@@ -88,6 +90,7 @@ class FixedPoint(nn.Module):
         self.batch_dims, self.on_failure, self.trace = batch_dims, on_failure, trace
         self.keep = tuple(keep) if isinstance(keep, Iterable) else keep
         self.has_aux, self.warm_start = has_aux, warm_start
+        self.num_monitors = 0
         self._check_settings()
         self._last_solution: Solution | None = None
 
@@ -101,7 +104,10 @@ class FixedPoint(nn.Module):
         """What a call in the present mode hands to `deqkit.solve`."""
         names = ("solver", "adjoint", "rtol", "atol", "norm", "batch_dims", "on_failure", "trace", "keep", "has_aux")
         limit = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
-        return {name: getattr(self, name) for name in names} | {"max_steps": limit}
+        settings = {name: getattr(self, name) for name in names} | {"max_steps": limit}
+        if self.num_monitors and self.on_failure == "warn":
+            settings["on_failure"] = "ignore"
+        return settings
 
     def forward(self, x0: Any, *args: Any) -> Any:
         """The fixed point.
@@ -151,7 +157,7 @@ class FixedPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solution out of copies and pickles: it reports on a batch, it is not the model."""
-        return self.__dict__ | {"_last_solution": None}
+        return self.__dict__ | {"_last_solution": None, "num_monitors": 0}
 
     def extra_repr(self) -> str:
         """Settings shown by print()."""

@@ -86,6 +86,8 @@ class ImplicitFPN(nn.Module):
         extra_blocks: The extra block or None.
         transform: The nonlinear transformation G.
         last_solution: The `deqkit.Solution` of the last forward pass.
+        num_monitors: How many a `deqkit.Monitor` report this neck's failures. If any, `on_failure` "warn" does
+            not warn.
 
     Raises:
         ValueError: If a setting is unusable.
@@ -146,6 +148,7 @@ class ImplicitFPN(nn.Module):
         self.norm = norm
         self.on_failure = on_failure
         self.trace = trace
+        self.num_monitors = 0
         self._check_settings()
         self._last_solution: deqkit.Solution | None = None
 
@@ -241,6 +244,8 @@ class ImplicitFPN(nn.Module):
         eval_max_steps = settings.pop("eval_max_steps")
         if not self.training and eval_max_steps is not None:
             settings["max_steps"] = eval_max_steps
+        if self.num_monitors and self.on_failure == "warn":
+            settings["on_failure"] = "ignore"
         # Below its resolution a half precision G only jitters, no step would help. rtol=0 asks for a fixed
         # number of steps and stays.
         if dtype in (torch.float16, torch.bfloat16) and self.rtol > 0:
@@ -287,8 +292,7 @@ class ImplicitFPN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solution out of copies and pickles: it reports on a batch, it is not the model."""
         state = self.__dict__.copy()
-        state["_last_solution"] = None
-        return state
+        return state | {"_last_solution": None, "num_monitors": 0}
 
     def extra_repr(self) -> str:
         """Settings shown by print()."""
