@@ -26,7 +26,7 @@ def modules():
     """The benchmarks' modules; they are scripts beside each other and no package."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("problems", "options", "measure", "detector_steps", "solver_iters")
+        names = ("problems", "options", "measure", "detector_steps", "solver_iters", "warm_start")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -317,3 +317,46 @@ def test_the_answer_is_the_step_count_from_which_on_ap_stays(modules):
     assert "s: 5 steps alone do not say" in steps.answer(rows(k5=0.3), "s")
     assert "AP is 0 with 9 steps" in steps.answer(rows(k1=0.0, k9=0.0), "s")
     assert "no objects" in steps.answer(rows(k1=None, k9=None), "s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starting points
+
+
+def test_warm_starts_save_steps_and_leave_the_training_alone(modules, tmp_path, capsys):
+    assert modules["warm_start"].main(["--quick", "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "warm_start.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [field.name for field in fields(modules["warm_start"].Row)]
+    by_start = {name: [row for row in rows if row["start"] == name] for name in modules["warm_start"].STARTS}
+    assert all([row["epoch"] for row in mine] == ["1", "2", "3", "4"] for mine in by_start.values())
+
+    def last(start, figure):
+        return float(by_start[start][-1][figure])
+
+    for start in by_start:
+        assert last(start, "loss") == pytest.approx(last("zero", "loss"), rel=1e-2)
+        assert last(start, "failed") == 0 and last(start, "worst_residual") <= 1e-4
+    # In the first epoch no sample is known yet.
+    assert by_start["cache"][0]["steps"] == by_start["zero"][0]["steps"]
+    assert last("cache", "steps") < 0.9 * last("zero", "steps") and last("cache", "calls") < last("zero", "calls")
+    assert last("cache", "test_steps") == pytest.approx(last("zero", "test_steps"), rel=0.02)
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()[-6:-2]] == ["zero", "cache", "learned", "both"]
+    record = json.loads((tmp_path / "out" / "warm_start.json").read_text())
+    assert record["settings"]["quick"] and record["hardware"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rtol", "2"], "'2' is not a tolerance between 0 and 1"),
+        (["--start", "hot"], "invalid choice: 'hot'"),
+        (["--solver", "newton"], "unknown solver 'newton'"),
+        (["--threads", "0"], "'0' is not a positive integer"),
+    ],
+)
+def test_unusable_arguments_of_warm_start(modules, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        modules["warm_start"].main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

@@ -9,6 +9,8 @@ import gc
 import io
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -464,6 +466,39 @@ def test_warnings_are_held_back_only_where_somebody_will_tell() -> None:
         monitor._records.clear()  # for silence at the end
     with pytest.warns(deqkit.ConvergenceWarning, match="solve: 1 of 1 samples"):
         call(0.99)
+
+
+def test_without_flushes_the_layers_warn_themselves() -> None:
+    layer, call = failing()
+    monitor = deqkit.Monitor(layer, every=None)
+    monitor.step()
+    with pytest.warns(deqkit.ConvergenceWarning, match="solve: 1 of 1 samples"):
+        call(0.99)
+
+
+def test_what_nobody_flushed_is_told_in_the_end() -> None:
+    code = """
+import torch, deqkit
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return 0.99 * x + 1
+layer = deqkit.nn.FixedPoint(Scale(), solver="fixed_point", max_steps=5)
+monitor = deqkit.Monitor(layer)
+for _ in range(3):
+    monitor.step()
+    layer(torch.zeros(2, 1))
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "end\n" and done.stderr.count("ConvergenceWarning") == 1
+    assert "solve: 3 of 3 solves had samples that did not converge (6 of 6: 6 MAX_STEPS)" in done.stderr
+    # The same where the model goes, and the Monitor with it.
+    layer, call = failing()
+    deqkit.Monitor(layer).step()
+    call(0.99)
+    with pytest.warns(deqkit.ConvergenceWarning, match="solve: 1 of 1 solves"):
+        del layer, call
+        gc.collect()
 
 
 def test_two_monitors_at_once() -> None:

@@ -39,13 +39,15 @@ class Monitor:
         ...     monitor.step()
         >>> print(monitor)
 
+    With Lightning: ``Monitor(module, logger=trainer.loggers)`` and then ``monitor.step(trainer.global_step)``.
+
     Layers are all modules with a ``last_solution``: `deqkit.nn.FixedPoint` and others that keep to that name. What they
     solve in eval mode is kept apart, under ``<layer>.eval``.
 
-    Warnings. From the first `step` or `flush` on, or within ``with Monitor(model):``, the layers' own
+    Warnings. From the first `step` (with ``every``) or `flush` on, or within ``with Monitor(model):``, the layers' own
     `ConvergenceWarning` of every single solve is held back; instead the Monitor warns when a kind of failure first
-    occurs in a layer, and sums up when it is detached. That takes a layer with an attribute ``num_monitors``, as
-    `FixedPoint` has one; others go on warning. ``on_failure="raise"`` is not held back.
+    occurs in a layer, and sums up when it is detached, or at the end of the program. That takes a layer with an
+    attribute ``num_monitors``, as `FixedPoint` has one; others go on warning. ``on_failure="raise"`` is not held back.
 
     Copies and pickles of the model are not monitored. Under distributed training every rank has figures of its own:
     give a logger to rank 0 alone, or a file to each. A solve of a fixed number of steps that `torch.compile` has made
@@ -105,7 +107,7 @@ class Monitor:
         self._lock = threading.RLock()
         self._measuring: set[int] = set()  # threads that measure a spectral radius
         self._latest: dict[str, weakref.ref[Solution]] = {}
-        self._holds_back = False
+        self._holds_back: weakref.finalize[..., Monitor] | None = None
         self._modules = {} if model is None else find_layers(model)
         if model is not None and not self._modules:
             raise ValueError(
@@ -149,7 +151,8 @@ class Monitor:
         Returns:
             The figures where it flushed, else None.
         """
-        self._hold_back()
+        if self.every is not None:
+            self._hold_back()
         last = self._last_step
         step = (last or 0) + 1 if step is None else as_int("step", step)
         if last is None:
@@ -221,9 +224,10 @@ class Monitor:
 
     def _hold_back(self) -> None:
         """Take over the warnings of the layers."""
-        if self._holds_back or self.on_failure == "ignore":
+        if self._holds_back or self.on_failure == "ignore" or not self._modules:
             return
-        self._holds_back = True
+        # Whoever forgets `detach` is told all the same, at the latest when Python ends.
+        self._holds_back = weakref.finalize(self, _warn_of_the_rest, self._records)
         for module in self._modules.values():
             if hasattr(module, "num_monitors"):
                 module.num_monitors += 1  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
@@ -247,20 +251,15 @@ class Monitor:
         return figures
 
     def _warn(self, final: bool) -> None:
-        if self.on_failure == "ignore":
-            return
-        for name, record in list(self._records.items()):
-            for kind in record.news(final):
-                totals = record.totals[kind]
-                what = f"adjoint of {name}" if kind == ADJOINT else name
-                message = f"{what}: {totals.failures()}. {totals.advice()}"
-                warnings.warn(message, ConvergenceWarning, stacklevel=4)  # the caller of a public method
+        if self.on_failure == "warn":
+            _warn(self._records, final, stacklevel=5)  # the caller of a public method
 
     def _end(self, warn: bool) -> None:
         for handle in self._handles:
             handle.remove()
         if self._holds_back:
-            self._holds_back = False
+            self._holds_back.detach()
+            self._holds_back = None
             for module in self._modules.values():
                 if hasattr(module, "num_monitors"):
                     module.num_monitors -= 1  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
@@ -271,12 +270,27 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the figures and the settings; it is attached to nothing and writes nowhere."""
-        left_out = {"_handles": [], "_modules": {}, "_loggers": [], "_holds_back": False, "_lock": None}
+        left_out = {"_handles": [], "_modules": {}, "_loggers": [], "_holds_back": None, "_lock": None}
         return self.__dict__ | left_out | {"_latest": {}, "_measuring": set(), "spectral_radius": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+
+def _warn(records: dict[str, Record], final: bool, stacklevel: int) -> None:
+    for name, record in list(records.items()):
+        for kind in record.news(final):
+            totals = record.totals[kind]
+            what = f"adjoint of {name}" if kind == ADJOINT else name
+            message = f"{what}: {totals.failures()}. {totals.advice()}"
+            warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+
+
+def _warn_of_the_rest(records: dict[str, Record]) -> None:
+    for record in records.values():
+        record.end(record.read())
+    _warn(records, final=True, stacklevel=2)
 
 
 def _by_layer(windows: dict[str, Window]) -> dict[str, float]:
