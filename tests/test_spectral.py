@@ -145,7 +145,7 @@ def test_arnoldi_relation_holds_through_restarts(upper: float) -> None:
         arnoldi = Arnoldi(product, start, 3, history=16, resolution=1e-16)
         find_dominant(arnoldi, rtol=0.0, max_steps=num_steps)
         n = arnoldi.num_columns
-        v = arnoldi.basis._buffers[0][:, :n].mT
+        v = arnoldi.basis.columns()[0].mT
         right = v @ arnoldi.matrix[:, :n, :n] + arnoldi.next[0].unsqueeze(2) * arnoldi.coupling[:, :n].unsqueeze(1)
         off = torch.linalg.matrix_norm(a @ v - right)
         assert (off <= 1.01 * arnoldi.lost + 1e-13 * (1 + upper)).all()
