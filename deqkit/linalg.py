@@ -93,10 +93,6 @@ class History:
             left -= n
         return filled
 
-    def columns(self) -> Blocks:
-        """The columns in use, (B, n, d) per leaf, in the order of their slots."""
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*self._filled(), strict=True))
-
     def dot(self, blocks: Blocks) -> Tensor:
         """Inner product of every column with one vector, shape (B, n)."""
         parts = [_row_products(chunk, blocks) for chunk in self._filled()]

@@ -69,6 +69,7 @@ def jacobian_penalty(
     Raises:
         TypeError: f, args, x or a setting has the wrong type.
         ValueError: a setting is unknown or out of range, or f does not keep the shape of x.
+        NotImplementedError: called inside a transform of `torch.func`.
 
     Example:
         >>> sol = deqkit.solve(f, x0, args=args)

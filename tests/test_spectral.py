@@ -145,7 +145,9 @@ def test_arnoldi_relation_holds_through_restarts(upper: float) -> None:
         arnoldi = Arnoldi(product, start, 3, history=16, resolution=1e-16)
         find_dominant(arnoldi, rtol=0.0, max_steps=num_steps)
         n = arnoldi.num_columns
-        v = arnoldi.basis.columns()[0].mT
+        nothing = (torch.zeros(3, 60, dtype=torch.float64),)
+        columns = [arnoldi.basis.subtract_combination(nothing, -unit.expand(3, n))[0] for unit in torch.eye(n).double()]
+        v = torch.stack(columns, dim=2)
         right = v @ arnoldi.matrix[:, :n, :n] + arnoldi.next[0].unsqueeze(2) * arnoldi.coupling[:, :n].unsqueeze(1)
         off = torch.linalg.matrix_norm(a @ v - right)
         assert (off <= 1.01 * arnoldi.lost + 1e-13 * (1 + upper)).all()
@@ -479,6 +481,19 @@ def test_no_cycle_keeps_the_graph_alive(tool: str) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_state_of_one_or_two_numbers() -> None:
+    """Which no limit of products and no tolerance can make restart."""
+    for n in (1, 2):
+        x = torch.ones(2, n, dtype=torch.float64)
+        for f, radius in ((lambda x: x.flip(-1) * 0.5 + 0.1 * x, 0.6), (lambda x: torch.zeros_like(x) * x, 0.0)):
+            for rtol in (0.0, 1e-3):
+                found = deqkit.spectral_radius(f, x, rtol=rtol, max_products=100, return_error=True)
+                assert found.num_products <= n and found.value.tolist() == pytest.approx([radius] * 2)
+    jordan = lambda x: torch.stack([0.5 * x[:, 0] + 1e6 * x[:, 1], 0.5 * x[:, 1]], dim=1)  # noqa: E731
+    value, error, num_products = deqkit.spectral_radius(jordan, torch.ones(1, 2), rtol=0.0, return_error=True)
+    assert num_products == 2 and (value - 0.5).abs() <= error
 
 
 def test_products_with_the_jacobian() -> None:

@@ -86,6 +86,7 @@ class Arnoldi:
         self, product: Callable[[Blocks], Blocks], start: Blocks, num_samples: int, history: int, resolution: float
     ) -> None:
         self.product, self.history, self.resolution = product, history, resolution
+        self.spans_all = history >= sum(b.shape[1] for b in start)  # once it is full
         start = tuple(b.expand(num_samples, -1) for b in start)
         size = linalg.norm(start)
         self.basis = linalg.History(history)
@@ -195,7 +196,7 @@ def find_dominant(arnoldi: Arnoldi, *, rtol: float, max_steps: int) -> Dominant:
         ritz = arnoldi.ritz()
         new = arnoldi.dominant(ritz, rtol)
         best, last = _settled(best, new, last), new.done
-        if bool((best.done | best.modulus.isnan()).all()):
+        if bool((best.done | best.modulus.isnan()).all()) or (full and arnoldi.spans_all):
             break
         if full and step < max_steps:
             arnoldi.restart(ritz, min(arnoldi.history // 2, arnoldi.history - 2))

@@ -99,6 +99,7 @@ def spectral_radius(
     Raises:
         TypeError: f, args, x or a setting has the wrong type.
         ValueError: a setting is out of range, or f does not keep the shape of x.
+        NotImplementedError: called inside a transform of `torch.func`.
     """
     search = _Search("spectral_radius", rtol, max_products, history, generator, return_error)
     jacobian = Jacobian(f, x, args, batch_dims)
