@@ -186,14 +186,14 @@ def test_history_refuses_what_it_cannot_show() -> None:
 
 
 def test_eigenvalues() -> None:
-    values = torch.tensor([0.5, 1.2, 0.3 + 0.4j, 0.3 - 0.4j])
+    values = torch.tensor([0.5, 1.2j, 0.3 + 0.4j, 0.3 - 0.4j])
     for given in (values, values.numpy(), values.tolist(), values.reshape(2, 2)):
         axes = plots.eigenvalues(given)
         assert labels(axes) == ["3 inside the unit circle", "1 on or outside the unit circle"]
         assert axes.get_title() == "spectral radius 1.2"
     inside, outside = (np.asarray(c.get_offsets()) for c in axes.collections)
     assert sorted(map(tuple, inside.round(6))) == [(0.3, -0.4), (0.3, 0.4), (0.5, 0.0)]
-    np.testing.assert_allclose(outside, [[1.2, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(outside, [[0.0, 1.2]], rtol=1e-6)
     assert pixels(axes.figure).shape[0] > 100
     for wrong in ([], [math.nan]):
         with pytest.raises(ValueError, match="eigenvalues must be finite and at least one"):
