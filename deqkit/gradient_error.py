@@ -78,38 +78,90 @@ def gradient_error(
             "adjoint='unrolled' differentiates the steps towards x, which are not known here; compare gradients of "
             "deqkit.solve itself"
         )
-    x = tree_map(lambda leaf: leaf.detach(), x)
-    layout = StateLayout(x, batch_dims)
-    with torch.enable_grad():
-        tensors = Evaluation.of(Evaluator(f, layout, args), layout.pack(x)).dependencies.tensors
-    if not tensors:
-        raise ValueError("f depends on no leaf tensor or tensor in args that requires a gradient")
-    if cotangent is None:
-        cotangent = tree_map(torch.randn_like, x)
-    leaves, spec = tree_flatten(cotangent)
-    if spec != layout.treespec or [leaf.shape for leaf in leaves] != [leaf.shape for leaf in tree_leaves(x)]:
-        raise ValueError("cotangent must have the structure and the shapes of x")
-
-    exact = ImplicitAdjoint("gmres", rtol=10 * layout.resolution, max_steps=max_steps)
-    reference, _ = _gradient(Evaluator(f, layout, args), x, exact, leaves, tensors, on_failure="raise")
-    gradient, num_products = _gradient(Evaluator(f, layout, args), x, adjoint, leaves, tensors, on_failure="ignore")
-    size = reference.norm()
-    if size == 0:
-        raise ValueError("the exact gradient is zero: there is no direction to compare with")
-    cosine = torch.dot(gradient, reference) / (size * gradient.norm()).clamp(min=torch.finfo(size.dtype).tiny)
-    error = (gradient - reference).norm() / size
-    return GradientError(adjoint.name, cosine.item(), error.item(), len(tensors), num_products)
+    return ExactGradient(
+        f, x, args=args, cotangent=cotangent, batch_dims=batch_dims, max_steps=max_steps
+    ).compare(adjoint)  # fmt: skip
 
 
-def _gradient(
-    f: Evaluator, x: Any, adjoint: Adjoint, cotangent: list[Tensor], tensors: list[Tensor], *, on_failure: str
-) -> tuple[Tensor, int | None]:
-    """The gradient towards all tensors as one float64 vector, and the products that its adjoint solve took."""
-    problem = Problem(f, l2, _RTOL, 0.0, _MAX_STEPS, on_failure, AdjointStats())
-    with torch.enable_grad():
-        value = tree_leaves(f.layout.unpack(adjoint.attach(problem, f.layout.pack(x))))
-    found = torch.autograd.grad(value, tensors, cotangent, allow_unused=True)
-    parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
-    flat = [torch.view_as_real(g) if g.is_complex() else g for g in parts]
-    products = problem.stats.num_fn_evals if problem.stats.status is not None else None
-    return torch.cat([g.reshape(-1).double() for g in flat]), products
+class ExactGradient:
+    """The gradient of the implicit function theorem at a fixed point, with which any number of others are compared.
+
+    Args:
+        f: see `gradient_error`, as are the others.
+        x: see there.
+        args: see there.
+        cotangent: see there.
+        batch_dims: see there.
+        max_steps: see there.
+
+    Raises:
+        ValueError: see there.
+        ConvergenceError: see there.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        x: Any,
+        *,
+        args: tuple[Any, ...] = (),
+        cotangent: Any = None,
+        batch_dims: int = 1,
+        max_steps: int = 1000,
+    ) -> None:
+        self._f, self._args, self._x = f, args, tree_map(lambda leaf: leaf.detach(), x)
+        self._layout = StateLayout(self._x, batch_dims)
+        with torch.enable_grad():
+            self.tensors = Evaluation.of(self._evaluator(), self._layout.pack(self._x)).dependencies.tensors
+        if not self.tensors:
+            raise ValueError("f depends on no leaf tensor or tensor in args that requires a gradient")
+        if cotangent is None:
+            cotangent = tree_map(torch.randn_like, self._x)
+        self.cotangent, spec = tree_flatten(cotangent)
+        shapes = [leaf.shape for leaf in tree_leaves(self._x)]
+        if spec != self._layout.treespec or [leaf.shape for leaf in self.cotangent] != shapes:
+            raise ValueError("cotangent must have the structure and the shapes of x")
+        exact = ImplicitAdjoint("gmres", rtol=10 * self._layout.resolution, max_steps=max_steps)
+        self._exact, _ = self._gradient(exact, on_failure="raise")
+        if not bool(torch.isfinite(self._exact).all()):
+            raise ValueError(
+                "the exact gradient is not finite: f, or its derivative towards what it depends on, is not"
+            )
+        if self._exact.norm() == 0:
+            raise ValueError("the exact gradient is zero: there is no direction to compare with")
+
+    def compare(self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS) -> GradientError:
+        """The gradient that an adjoint gives at the fixed point, after a solve with ``rtol`` and ``max_steps``."""
+        gradient, num_products = self._gradient(adjoint, rtol=rtol, max_steps=max_steps)
+        return self._measure(adjoint.name, gradient, num_products)
+
+    def compare_value(self, adjoint: Adjoint, value: Any, num_products: Callable[[], int | None]) -> GradientError:
+        """The gradient that the ``value`` of a solve carries; ``num_products`` is called once it has been taken."""
+        return self._measure(adjoint.name, self._gradient_of(tree_leaves(value)), num_products())
+
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self._f, self._layout, self._args)
+
+    def _gradient(
+        self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS, on_failure: str = "ignore"
+    ) -> tuple[Tensor, int | None]:
+        """The gradient towards all tensors, and the products that its adjoint solve took."""
+        problem = Problem(self._evaluator(), l2, rtol, 0.0, max_steps, on_failure, AdjointStats())
+        with torch.enable_grad():
+            value = tree_leaves(self._layout.unpack(adjoint.attach(problem, self._layout.pack(self._x))))
+        gradient = self._gradient_of(value)
+        return gradient, problem.stats.num_fn_evals if problem.stats.status is not None else None
+
+    def _gradient_of(self, value: list[Tensor]) -> Tensor:
+        """The gradient towards all tensors as one float64 vector."""
+        # The graph may lead through one of the caller's, who is to have it still.
+        found = torch.autograd.grad(value, self.tensors, self.cotangent, allow_unused=True, retain_graph=True)
+        parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, self.tensors, strict=True)]
+        flat = [torch.view_as_real(g) if g.is_complex() else g for g in parts]
+        return torch.cat([g.reshape(-1).double() for g in flat])
+
+    def _measure(self, name: str, gradient: Tensor, num_products: int | None) -> GradientError:
+        size = self._exact.norm()
+        cosine = torch.dot(gradient, self._exact) / (size * gradient.norm()).clamp(min=torch.finfo(size.dtype).tiny)
+        error = (gradient - self._exact).norm() / size
+        return GradientError(name, cosine.item(), error.item(), len(self.tensors), num_products)

@@ -71,3 +71,18 @@ def test_what_cannot_be_compared_is_refused() -> None:
         deqkit.gradient_error(tanh_layer, x, "jfb", args=args, cotangent=torch.zeros_like(x))
     with pytest.raises(deqkit.ConvergenceError, match="adjoint solve"):
         deqkit.gradient_error(tanh_layer, x, "jfb", args=args, max_steps=1)
+
+
+def test_a_graph_of_the_callers_is_left_whole() -> None:
+    layer = torch.nn.Linear(4, 4, dtype=torch.float64)
+    features = torch.sin(layer(torch.ones(2, 4, dtype=torch.float64)))
+    x = features.detach() * 2
+    deqkit.gradient_error(lambda x: 0.5 * x + features * layer.bias.exp() / layer.bias.exp(), x, "jfb")
+    features.sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_gradient_that_is_not_finite_is_refused() -> None:
+    scale = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="the exact gradient is not finite"):
+        deqkit.gradient_error(lambda x: 0.5 * x + scale.abs().sqrt(), torch.zeros(2, 3), "jfb")
