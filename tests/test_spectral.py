@@ -243,6 +243,31 @@ def test_eigenvalues_that_arpack_does_not_find_are_left_out_with_a_warning(monke
     assert found.tolist() == [0.5]
 
 
+def test_eigenvalues_take_no_more_products_than_they_may() -> None:
+    a = matrix(300, 0.9, seed=5)  # whose eigenvalues fill a disc: the outermost are hard to tell apart
+    x = torch.zeros(1, 300, dtype=torch.float64)
+    taken: list[int] = []
+
+    def f(x: Tensor) -> Tensor:
+        out = x @ a.T
+        out.register_hook(lambda gradient: taken.append(1))
+        return out
+
+    def products(limit: int | None) -> int:
+        taken.clear()
+        deqkit.eigenvalues(f, x, num=12, max_products=limit)
+        return len(taken)
+
+    free = products(None)
+    assert free > 200
+    for limit in (60, 150):
+        with pytest.warns(deqkit.ConvergenceWarning, match="of 12 are known"):
+            assert products(limit) <= limit + 2
+    assert products(10 * free) == free
+    with pytest.raises(ValueError, match="max_products must be at least 1"):
+        products(0)
+
+
 def test_eigenvalues_name_the_extra_that_they_need() -> None:
     code = (
         "import sys, torch, deqkit\n"

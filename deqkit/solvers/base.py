@@ -81,6 +81,8 @@ class Solver(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it solves x = f(x) for an f that is affine in x, and for no other.
+    for_affine: ClassVar[bool] = False
     check_every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -98,6 +98,7 @@ class GMRES(NewtonKrylov):
     """
 
     name: ClassVar[str] = "gmres"
+    for_affine: ClassVar[bool] = True
     history: int = 50
     forcing: float = 0.0
     difference: float | None = 1.0

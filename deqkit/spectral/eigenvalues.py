@@ -33,6 +33,7 @@ def eigenvalues(
     sample: int | tuple[int, ...] = 0,
     batch_dims: int = 1,
     rtol: float = 1e-6,
+    max_products: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The eigenvalues of df/dx of largest modulus, for one sample.
@@ -45,6 +46,8 @@ def eigenvalues(
         sample: which sample: an index into the batch dims, or one into the flattened batch.
         batch_dims: see there.
         rtol: relative accuracy that is asked of ARPACK, within the precision of f. Not used for small states.
+        max_products: about how many vector-Jacobian products may be taken; what is not known by then is left out, with
+            a warning. None leaves it to ARPACK. Not used for small states.
         generator: draws the start vector; None for a fixed one.
 
     Returns:
@@ -58,6 +61,8 @@ def eigenvalues(
         ImportError: scipy is absent, and the state is not small.
     """
     num = at_least("num", num, 1)
+    if max_products is not None:
+        max_products = at_least("max_products", max_products, 1)
     if not as_number("rtol", rtol) > 0:
         raise ValueError(f"rtol must be positive, got {rtol}")
     jacobian = Jacobian(f, x, args, batch_dims)
@@ -68,7 +73,7 @@ def eigenvalues(
             found = _dense(jacobian, row)
         else:
             start = _join(jacobian.draw(torch.randn, generator, 1), 0)
-            found = _arpack(jacobian, row, num, max(rtol, jacobian.resolution), start)
+            found = _arpack(jacobian, row, num, max(rtol, jacobian.resolution), start, max_products)
     order = found.abs().sort(descending=True, stable=True).indices
     return found[order][:num]
 
@@ -81,7 +86,7 @@ def _dense(jacobian: Jacobian, row: int) -> Tensor:
     return torch.linalg.eigvals(transposed) if bool(torch.isfinite(transposed).all()) else _unknown(size)
 
 
-def _arpack(jacobian: Jacobian, row: int, num: int, rtol: float, start: Tensor) -> Tensor:
+def _arpack(jacobian: Jacobian, row: int, num: int, rtol: float, start: Tensor, limit: int | None) -> Tensor:
     try:
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
     except ImportError as error:
@@ -98,8 +103,12 @@ def _arpack(jacobian: Jacobian, row: int, num: int, rtol: float, start: Tensor) 
         dtype=float,  # pyright: ignore
     )
     find: Any = eigs
+    basis = min(size, max(2 * num + 1, 20))
+    restarts = None if limit is None else max(1, (limit - basis) // (basis - num))
     try:
-        found = find(operator, k=num, v0=start.numpy(), tol=rtol, return_eigenvectors=False)
+        found = find(
+            operator, k=num, v0=start.numpy(), tol=rtol, ncv=basis, maxiter=restarts, return_eigenvectors=False
+        )  # fmt: skip
     except ArpackNoConvergence as stopped:
         found = stopped.eigenvalues
         warnings.warn(
