@@ -3,6 +3,7 @@
 from deqkit import nn, plots
 from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
 from deqkit.api import solve
+from deqkit.diagnosis import Diagnosis, diagnose
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 from deqkit.gradient_error import GradientError, gradient_error
 from deqkit.loop import StepInfo
@@ -35,6 +36,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "CosineSchedule",
+    "Diagnosis",
     "Estimate",
     "FixedPointIteration",
     "GradientError",
@@ -53,6 +55,7 @@ __all__ = [
     "UnrolledAdjoint",
     "__version__",
     "correction_loss",
+    "diagnose",
     "eigenvalues",
     "frobenius_norm",
     "gradient_error",
