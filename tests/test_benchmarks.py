@@ -26,7 +26,7 @@ def modules():
     """The benchmarks' modules; they are scripts beside each other and no package."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("problems", "options", "measure", "detector_steps", "solver_iters", "warm_start")
+        names = ("problems", "options", "measure", "detector_steps", "solver_iters", "warm_start", "stability")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -360,3 +360,18 @@ def test_unusable_arguments_of_warm_start(modules, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         modules["warm_start"].main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_stability_measures_every_variant(modules, tmp_path, capsys):
+    stability = modules["stability"]
+    assert stability.main(["--steps", "5", "--every", "3", "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "stability.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["step"]) for row in rows] == [(v, s) for v in stability.TITLES for s in ("3", "5")]
+    by_variant = {row["variant"]: row for row in rows if row["step"] == "5"}
+    # All start from the same weights, and what is done about them shows at once.
+    assert len({row["radius"] for row in by_variant.values()}) > 1
+    assert all(0 < float(row["radius"]) < 2 and float(row["failed"]) == 0 for row in rows)
+    assert (tmp_path / "out" / "stability.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in stability.TITLES.values())
