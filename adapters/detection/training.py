@@ -28,6 +28,7 @@ from adapters.detection import builders
 from adapters.detection.data.module import Batch
 from adapters.detection.necks import ImplicitFPN
 from adapters.detection.necks.blocks import group_count
+from adapters.detection.weight_decay import exempt_from_decay
 
 ARCHITECTURES = ("resnet18", "resnet50")
 NECKS = ("ifpn", "fpn")
@@ -219,11 +220,12 @@ class DetectionModule(L.LightningModule):
         """AdamW with one learning rate per step."""
         settings, neck = self.schedule, self.neck
         careful = {id(p) for p in neck.transform.parameters()} if isinstance(neck, ImplicitFPN) else set()
+        exempt = {id(p) for p in exempt_from_decay(self.model)}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 lr = settings.lr * (settings.transform_lr if id(parameter) in careful else 1.0)
-                decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+                decay = settings.weight_decay if parameter.dim() > 1 and id(parameter) not in exempt else 0.0
                 groups.setdefault((lr, decay), []).append(parameter)
         groups_of_optimizer = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
         optimizer = torch.optim.AdamW(groups_of_optimizer)
