@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import deqkit
+from adapters.detection import build_detector
 from adapters.detection.data import CocoDataModule, SyntheticSettings, generate_dataset
 from adapters.detection.evaluation import CocoEvaluation
 from adapters.detection.training import (
@@ -25,6 +26,7 @@ from adapters.detection.training import (
     summarize,
 )
 from adapters.detection.visualize import draw_detections, draw_feature_maps, draw_residual_trace
+from adapters.detection.weight_decay import exempt_from_decay
 
 SIZE, BATCH, IMAGES = 64, 4, 8
 
@@ -296,3 +298,15 @@ def test_pictures(root, tmp_path):
     paths.append(draw_residual_trace(tmp_path / "c.png", neck.last_solution, rtol=neck.rtol))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"}
+
+
+def test_parameters_that_a_module_exempts_have_no_weight_decay(root):
+    module = make_module(root, "fpn")
+    torch.manual_seed(0)
+    module.model = build_detector("autoassign", "resnet18", "fpn", weights_backbone=None, neck_channels=16)
+    prior = module.model.center_prior
+    assert [id(p) for p in exempt_from_decay(module.model)] == [id(prior.mu), id(prior.sigma)]
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    without = [p for group in groups if group["weight_decay"] == 0 for p in group["params"]]
+    assert {id(prior.mu), id(prior.sigma)} == {id(p) for p in without if p.dim() > 1}
+    assert sum(len(group["params"]) for group in groups) == len(list(module.model.parameters()))

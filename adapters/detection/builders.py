@@ -1,68 +1,101 @@
-"""RetinaNet builders in torchvision's manner: with the implicit FPN, and their twins with the explicit FPN.
+"""Builders of detectors in torchvision's manner: any of eight detectors, on any of seven ResNets, with FPN or i-FPN.
 
-Twins are the same model but for the neck: torchvision's RetinaNet (its first version: nine anchors per cell,
-P3..P7, P6 and P7 made from level 5 of the pyramid). An implicit builder makes the explicit model and converts
-it, so that under one seed both draw the same values for backbone, laterals, P6/P7 and head.
+`build_detector` builds them all; the usual combinations have a name, as `retinanet_resnet50_ifpn`. Twins with the
+explicit and the implicit FPN are the same model but for the neck: an implicit builder makes the explicit model and
+converts it, so that under one seed both draw the same values for backbone, laterals, P6/P7 and head.
+
+RetinaNet, FCOS, Faster, Mask and Keypoint R-CNN are torchvision's own models (their first versions); `fcos_paper`,
+`atss` and `autoassign` are `PaperFCOS`, `ATSS` and `AutoAssign`. One-stage detectors read P3..P7, with P6 and P7 from
+level 5 of the pyramid (implicit: inside the state); R-CNNs read P2..P5 and P6, which is P5 subsampled.
 """
 
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, ResNet50_Weights, WeightsEnum, resnet18, resnet50
-from torchvision.models.detection import RetinaNet
+from torch import nn
+from torchvision.models import WeightsEnum
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from adapters.detection.atss import ATSS
+from adapters.detection.autoassign import AutoAssign
+from adapters.detection.backbones import BACKBONES, NormLayer, PathLike, StateDict, make_body, read_state_dict
+from adapters.detection.fcos import PaperFCOS
 from adapters.detection.necks import convert_fpn_
 
-__all__ = [
-    "retinanet_resnet18_fpn",
-    "retinanet_resnet18_ifpn",
-    "retinanet_resnet50_fpn",
-    "retinanet_resnet50_ifpn",
-]
+NECKS = ("fpn", "ifpn")
+_DENSE = "head.classification_head.cls_logits.bias"
+_BOX = "roi_heads.box_predictor.cls_score.bias"
 
-PathLike = str | os.PathLike[str]
-NormLayer = Callable[..., nn.Module]
-StateDict = dict[str, Tensor]
 
-_BACKBONES: dict[str, tuple[Callable[..., ResNet], type[WeightsEnum]]] = {
-    "resnet18": (resnet18, ResNet18_Weights),
-    "resnet50": (resnet50, ResNet50_Weights),
+@dataclass(frozen=True)
+class Family:
+    """What tells one detector from another when it is built.
+
+    Attributes:
+        model: Its class.
+        classifier: The bias in its state dict that has an entry per class.
+        anchors: Entries per class in that bias, with the default anchor generator.
+        num_classes: Default number of classes with the background: COCO's, as in torchvision.
+        is_rcnn: Whether it reads P2..P6 rather than P3..P7.
+    """
+
+    model: type[nn.Module]
+    classifier: str = _DENSE
+    anchors: int = 1
+    num_classes: int = 91
+    is_rcnn: bool = False
+
+
+DETECTORS: Mapping[str, Family] = {
+    "retinanet": Family(RetinaNet, anchors=9),
+    "fcos": Family(FCOS),
+    "fcos_paper": Family(PaperFCOS),
+    "atss": Family(ATSS),
+    "autoassign": Family(AutoAssign),
+    "fasterrcnn": Family(FasterRCNN, _BOX, is_rcnn=True),
+    "maskrcnn": Family(MaskRCNN, _BOX, is_rcnn=True),
+    "keypointrcnn": Family(KeypointRCNN, _BOX, num_classes=2, is_rcnn=True),
 }
-_NUM_CLASSES = 91  # COCO's category ids with background, as in torchvision
-_ANCHORS_PER_CELL = 9  # of RetinaNet's default anchor generator
+"""The detectors by name."""
 
 
-def retinanet_resnet50_ifpn(
+def build_detector(
+    detector: str,
+    backbone: str = "resnet50",
+    neck: str = "ifpn",
     *,
     weights: PathLike | None = None,
     progress: bool = True,
     num_classes: int | None = None,
-    weights_backbone: WeightsEnum | PathLike | None = ResNet50_Weights.IMAGENET1K_V1,
+    weights_backbone: WeightsEnum | PathLike | None = "IMAGENET1K_V1",
     trainable_backbone_layers: int | None = None,
     neck_settings: Mapping[str, Any] | None = None,
     norm_layer: NormLayer | None = None,
     neck_channels: int = 256,
+    deformable_stages: Sequence[str] = (),
     **kwargs: Any,
-) -> RetinaNet:
-    """RetinaNet with a ResNet-50 backbone and the implicit FPN (arXiv 2012.13563).
+) -> nn.Module:
+    """Build a detector.
 
-    Images, targets and detections are those of `torchvision.models.detection.retinanet_resnet50_fpn`.
+    Images, targets and detections are those of torchvision's detectors.
 
     Args:
+        detector: "retinanet", "fcos", "fcos_paper", "atss", "autoassign", "fasterrcnn", "maskrcnn" or "keypointrcnn".
+        backbone: "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d" or
+            "resnext152_32x8d".
+        neck: "ifpn", the implicit FPN (arXiv 2012.13563), or "fpn".
         weights: Path of a state dict of the whole detector, plain or under the key "model"; there are no
             published weights. The backbone's weights are then not loaded.
         progress: Show a progress bar while the backbone's weights are downloaded.
-        num_classes: Number of classes with the background. Default: that of `weights`, or 91.
+        num_classes: Number of classes with the background. Default: that of `weights`, or COCO's 91 (keypoints: 2).
         weights_backbone: Weights of the backbone: a torchvision enum member, its name ("DEFAULT",
             "IMAGENET1K_V1"), the path of a state dict of the classifier, or None to train from scratch.
         trainable_backbone_layers: Number of backbone layers that are trained, counted from the last, 0 to 5.
@@ -71,171 +104,86 @@ def retinanet_resnet50_ifpn(
         norm_layer: Normalisation of the backbone. Default: `FrozenBatchNorm2d` with pretrained weights, live
             `BatchNorm2d` from scratch, where frozen statistics that nobody learned would end in NaN.
         neck_channels: Channels of every level of the pyramid.
-        **kwargs: Arguments of torchvision's `RetinaNet` and its transform: `min_size`, `max_size`,
-            `anchor_generator`, `score_thresh`, ...
+        deformable_stages: Stages of the backbone whose 3x3 convolutions become deformable (DCNv2), such as
+            `("c4", "c5")`.
+        **kwargs: Arguments of the detector's class and of torchvision's transform: `min_size`, `max_size`,
+            `score_thresh`, ...
 
     Returns:
         The detector, in training mode. The neck is `model.backbone.fpn`.
 
     Raises:
-        TypeError: If an argument is not known to RetinaNet or to the neck.
-        ValueError: If a setting is unusable, or weights do not fit the model.
+        TypeError: If an argument is not known to the detector or to the neck.
+        ValueError: If a name or a setting is unusable, or weights do not fit the model.
         FileNotFoundError: If `weights` or `weights_backbone` is a path that does not exist.
     """
-    return _retinanet(
-        "resnet50",
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        norm_layer,
-        neck_channels,
-        kwargs,
-        neck_settings=neck_settings or {},
-    )
-
-
-def retinanet_resnet18_ifpn(
-    *,
-    weights: PathLike | None = None,
-    progress: bool = True,
-    num_classes: int | None = None,
-    weights_backbone: WeightsEnum | PathLike | None = ResNet18_Weights.IMAGENET1K_V1,
-    trainable_backbone_layers: int | None = None,
-    neck_settings: Mapping[str, Any] | None = None,
-    norm_layer: NormLayer | None = None,
-    neck_channels: int = 256,
-    **kwargs: Any,
-) -> RetinaNet:
-    """RetinaNet with a ResNet-18 backbone and the implicit FPN.
-
-    Arguments, result and errors are those of `retinanet_resnet50_ifpn`, with `ResNet18_Weights` for the
-    backbone.
-    """
-    return _retinanet(
-        "resnet18",
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        norm_layer,
-        neck_channels,
-        kwargs,
-        neck_settings=neck_settings or {},
-    )
-
-
-def retinanet_resnet50_fpn(
-    *,
-    weights: PathLike | None = None,
-    progress: bool = True,
-    num_classes: int | None = None,
-    weights_backbone: WeightsEnum | PathLike | None = ResNet50_Weights.IMAGENET1K_V1,
-    trainable_backbone_layers: int | None = None,
-    norm_layer: NormLayer | None = None,
-    neck_channels: int = 256,
-    **kwargs: Any,
-) -> RetinaNet:
-    """RetinaNet with a ResNet-50 backbone and the explicit FPN: the twin of `retinanet_resnet50_ifpn`.
-
-    The same model as `torchvision.models.detection.retinanet_resnet50_fpn`, with the arguments of its
-    implicit twin. For torchvision's COCO weights take torchvision's builder.
-
-    Arguments, result and errors are those of `retinanet_resnet50_ifpn`, without `neck_settings`.
-    """
-    return _retinanet(
-        "resnet50",
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        norm_layer,
-        neck_channels,
-        kwargs,
-    )
-
-
-def retinanet_resnet18_fpn(
-    *,
-    weights: PathLike | None = None,
-    progress: bool = True,
-    num_classes: int | None = None,
-    weights_backbone: WeightsEnum | PathLike | None = ResNet18_Weights.IMAGENET1K_V1,
-    trainable_backbone_layers: int | None = None,
-    norm_layer: NormLayer | None = None,
-    neck_channels: int = 256,
-    **kwargs: Any,
-) -> RetinaNet:
-    """RetinaNet with a ResNet-18 backbone and the explicit FPN: the twin of `retinanet_resnet18_ifpn`.
-
-    Arguments, result and errors are those of `retinanet_resnet50_ifpn`, without `neck_settings` and with
-    `ResNet18_Weights` for the backbone.
-    """
-    return _retinanet(
-        "resnet18",
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        norm_layer,
-        neck_channels,
-        kwargs,
-    )
-
-
-def _retinanet(
-    backbone_name: str,
-    weights: PathLike | None,
-    progress: bool,
-    num_classes: int | None,
-    weights_backbone: WeightsEnum | PathLike | None,
-    trainable_layers: int | None,
-    norm_layer: NormLayer | None,
-    channels: int,
-    kwargs: dict[str, Any],
-    neck_settings: Mapping[str, Any] | None = None,
-) -> RetinaNet:
-    """The explicit RetinaNet, converted when there are neck settings."""
-    _refuse_unknown(kwargs)
+    family = _check_names(detector, backbone, neck)
+    _refuse_unknown(family.model, kwargs)
+    if neck == "fpn" and neck_settings is not None:
+        raise TypeError("neck_settings are for the implicit FPN; neck='fpn' has none")
     state = None
     if weights is not None:
-        state = _read_state_dict(weights, "weights")
-        weights_backbone = None
+        state, weights_backbone = read_state_dict(weights, "weights"), None
     is_trained = weights is not None or weights_backbone is not None
-    trainable_layers = _trainable_layers(is_trained, trainable_layers)
     if norm_layer is None:
         norm_layer = FrozenBatchNorm2d if is_trained else nn.BatchNorm2d
 
-    body = _resnet(backbone_name, weights_backbone, norm_layer, progress)
-    _freeze(body, trainable_layers)
     # The order of the draws is torchvision's: backbone, P6/P7, FPN, head. G comes last.
-    extra_blocks = LastLevelP6P7(channels, channels)
-    first = body.inplanes // 8  # channels of layer1; C2 is skipped because it gives too many anchors
-    widths = [first * 2, first * 4, first * 8]
-    layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    backbone = BackboneWithFPN(body, layers, widths, channels, extra_blocks=extra_blocks)
-    model = RetinaNet(backbone, _class_count(num_classes, state, kwargs), **kwargs)
-    if neck_settings is not None:
-        convert_fpn_(model, **neck_settings)
+    trainable_layers = _trainable_layers(is_trained, trainable_backbone_layers)
+    body = make_body(backbone, weights_backbone, norm_layer, trainable_layers, deformable_stages, progress)
+    pyramid = _with_pyramid(body, neck_channels, is_rcnn=family.is_rcnn)
+    model = family.model(pyramid, _class_count(family, num_classes, state, kwargs), **kwargs)
+    if neck == "ifpn":
+        convert_fpn_(model, **(neck_settings or {}))
     if state is not None:
-        _check_neck(state, implicit=neck_settings is not None)
+        _check_neck(state, implicit=neck == "ifpn")
         model.load_state_dict(state)
     return model
 
 
-def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
-    """RetinaNet hands what it does not know to its transform, which drops it: a misspelt name would pass."""
-    signatures = (inspect.signature(RetinaNet), inspect.signature(GeneralizedRCNNTransform))
-    named = {p.name for s in signatures for p in s.parameters.values() if p.kind is not p.VAR_KEYWORD}
-    named = (named | {"_skip_resize"}) - {"backbone", "num_classes"}
-    unknown = sorted(set(kwargs) - named)
+def _check_names(detector: str, backbone: str, neck: str) -> Family:
+    for what, name, known in (
+        ("detector", detector, DETECTORS),
+        ("backbone", backbone, BACKBONES),
+        ("neck", neck, NECKS),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    return DETECTORS[detector]
+
+
+def _with_pyramid(body: ResNet, channels: int, *, is_rcnn: bool) -> BackboneWithFPN:
+    """The backbone with an explicit FPN, P2 to P6 or P3 to P7: C2 has too many points for one-stage detectors."""
+    stages = (1, 2, 3, 4) if is_rcnn else (2, 3, 4)
+    extra_blocks = LastLevelMaxPool() if is_rcnn else LastLevelP6P7(channels, channels)
+    first = body.inplanes // 8  # channels of layer1
+    widths = [first * 2 ** (stage - 1) for stage in stages]
+    layers = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
+    return BackboneWithFPN(body, layers, widths, channels, extra_blocks=extra_blocks)
+
+
+def accepted_arguments(model: type[nn.Module]) -> set[str]:
+    """Names of what a detector's class accepts beyond `backbone` and `num_classes`, its transform's included."""
+    accepted: set[str] = set()
+    for cls in model.__mro__:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        accepted |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if passes_on and cls.__module__.startswith("torchvision."):  # what is left goes to the transform
+            accepted |= {"_skip_resize", *inspect.signature(GeneralizedRCNNTransform).parameters} - {"kwargs"}
+            break
+        if not passes_on:
+            break
+    return accepted - {"self", "backbone", "num_classes"}
+
+
+def _refuse_unknown(model: type[nn.Module], kwargs: Mapping[str, Any]) -> None:
+    """Torchvision's detectors hand what they do not know to their transform, which drops it: a typo would pass."""
+    accepted = accepted_arguments(model)
+    unknown = sorted(set(kwargs) - accepted)
     if unknown:
-        known = ", ".join(sorted(name for name in named if not name.startswith("_")))
-        raise TypeError(f"RetinaNet has no argument {', '.join(map(repr, unknown))}; accepted: {known}")
+        known = ", ".join(sorted(name for name in accepted if not name.startswith("_")))
+        raise TypeError(f"{model.__name__} has no argument {', '.join(map(repr, unknown))}; accepted: {known}")
 
 
 def _trainable_layers(is_trained: bool, trainable_layers: int | None) -> int:
@@ -254,73 +202,17 @@ def _trainable_layers(is_trained: bool, trainable_layers: int | None) -> int:
     return trainable_layers
 
 
-def _resnet(name: str, weights: WeightsEnum | PathLike | None, norm_layer: NormLayer, progress: bool) -> ResNet:
-    build, enum = _BACKBONES[name]
-    member = weights if isinstance(weights, WeightsEnum) else None
-    if isinstance(weights, str) and weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
-        member = enum.verify(weights)
-    if weights is None or member is not None:
-        return build(weights=member, progress=progress, norm_layer=norm_layer)
-
-    state = _read_state_dict(weights, "weights_backbone", names=list(enum.__members__))
-    # The classifier is not used: its weights may be absent, or for other classes.
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    body = build(weights=None, norm_layer=norm_layer)
-    try:
-        missing, unexpected = body.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"weights_backbone={os.fspath(weights)!r} does not fit {name}: {error}") from error
-    missing = [key for key in missing if not key.startswith("fc.")]
-    if missing or unexpected:
-        raise ValueError(
-            f"weights_backbone={os.fspath(weights)!r} does not fit {name}: "
-            f"missing {_some(missing)}, unexpected {_some(unexpected)}"
-        )
-    return body
-
-
-def _some(keys: list[str]) -> str:
-    return f"{keys[:4]}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-
-
-def _freeze(body: ResNet, trainable_layers: int) -> None:
-    trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]
-    if trainable_layers == 5:
-        trained.append("bn1")
-    for name, parameter in body.named_parameters():
-        if not name.startswith(tuple(trained)):
-            parameter.requires_grad_(False)
-
-
-def _read_state_dict(path: Any, argument: str, names: list[str] | None = None) -> StateDict:
-    """Read a state dict, plain or under "model" (where torchvision's training scripts put it)."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{argument} must be a path, got {path!r}")
-    if not os.path.isfile(path):
-        hint = f", and no weights of that name: {', '.join(names)}" if names else ""
-        raise FileNotFoundError(f"{argument}={os.fspath(path)!r}: no such file{hint}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise ValueError(f"{argument}={os.fspath(path)!r} cannot be read as weights: {type(error).__name__}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f'{argument}={os.fspath(path)!r} holds no state dict (names to tensors), plain or under "model"'
-        )
-    return dict(content)
-
-
-def _class_count(num_classes: int | None, state: StateDict | None, kwargs: Mapping[str, Any]) -> int:
-    """The number of classes asked for, which must be that of the weights; that of the weights; or 91."""
-    bias = None if state is None else state.get("head.classification_head.cls_logits.bias")
+def _class_count(
+    family: Family, num_classes: int | None, state: StateDict | None, kwargs: Mapping[str, Any]
+) -> int | None:
+    """The number of classes asked for, which must be that of the weights; that of the weights; or the default."""
+    if "box_predictor" in kwargs:  # torchvision's R-CNNs want None beside one
+        return num_classes
+    bias = None if state is None else state.get(family.classifier)
     if bias is None or "head" in kwargs:
-        return _NUM_CLASSES if num_classes is None else num_classes
+        return family.num_classes if num_classes is None else num_classes
     generator = kwargs.get("anchor_generator")
-    anchors = _ANCHORS_PER_CELL if generator is None else generator.num_anchors_per_location()[0]
+    anchors = family.anchors if generator is None else generator.num_anchors_per_location()[0]
     found = bias.shape[0] // anchors
     if num_classes not in (None, found):
         raise ValueError(f"num_classes={num_classes}, but the weights are for {found} classes")
@@ -337,3 +229,97 @@ def _check_neck(state: StateDict, *, implicit: bool) -> None:
         )
     if not implicit and any(key.startswith("backbone.fpn.transform.") for key in state):
         raise ValueError("the weights are those of an implicit FPN: load them into the implicit twin")
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT_co = TypeVar("ModelT_co", bound=nn.Module, covariant=True)
+
+
+class Builder(Protocol[ModelT_co]):
+    """A builder of one detector with one backbone and one neck: `build_detector` without its first three arguments."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        *,
+        weights: PathLike | None = None,
+        progress: bool = True,
+        num_classes: int | None = None,
+        weights_backbone: WeightsEnum | PathLike | None = ...,
+        trainable_backbone_layers: int | None = None,
+        neck_settings: Mapping[str, Any] | None = None,
+        norm_layer: NormLayer | None = None,
+        neck_channels: int = 256,
+        deformable_stages: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> ModelT_co:
+        """Build the detector; see `build_detector`."""
+        ...
+
+
+def _named(detector: str, backbone: str, neck: str, model: type[ModelT]) -> Builder[ModelT]:
+    enum = BACKBONES[backbone].weights
+    default = enum["IMAGENET1K_V1"] if enum is not None else None
+
+    def builder(*, weights_backbone: Any = default, **kwargs: Any) -> ModelT:
+        built = build_detector(detector, backbone, neck, weights_backbone=weights_backbone, **kwargs)
+        return cast(ModelT, built)
+
+    generic = inspect.signature(build_detector)
+    parameters = [p for p in generic.parameters.values() if p.name not in ("detector", "backbone", "neck")]
+    parameters = [p.replace(default=default) if p.name == "weights_backbone" else p for p in parameters]
+    builder.__signature__ = generic.replace(  # pyright: ignore[reportFunctionMemberAccess]
+        parameters=parameters, return_annotation=model
+    )
+    builder.__name__ = builder.__qualname__ = f"{detector}_{backbone}_{neck}"
+    builder.__doc__ = (
+        f'{model.__name__}: `build_detector("{detector}", "{backbone}", "{neck}", ...)`, with its keyword arguments.'
+    )
+    return cast(Builder[ModelT], builder)
+
+
+retinanet_resnet18_fpn = _named("retinanet", "resnet18", "fpn", RetinaNet)
+retinanet_resnet18_ifpn = _named("retinanet", "resnet18", "ifpn", RetinaNet)
+retinanet_resnet50_fpn = _named("retinanet", "resnet50", "fpn", RetinaNet)
+retinanet_resnet50_ifpn = _named("retinanet", "resnet50", "ifpn", RetinaNet)
+fasterrcnn_resnet50_fpn = _named("fasterrcnn", "resnet50", "fpn", FasterRCNN)
+fasterrcnn_resnet50_ifpn = _named("fasterrcnn", "resnet50", "ifpn", FasterRCNN)
+maskrcnn_resnet50_fpn = _named("maskrcnn", "resnet50", "fpn", MaskRCNN)
+maskrcnn_resnet50_ifpn = _named("maskrcnn", "resnet50", "ifpn", MaskRCNN)
+keypointrcnn_resnet50_fpn = _named("keypointrcnn", "resnet50", "fpn", KeypointRCNN)
+keypointrcnn_resnet50_ifpn = _named("keypointrcnn", "resnet50", "ifpn", KeypointRCNN)
+fcos_resnet50_fpn = _named("fcos", "resnet50", "fpn", FCOS)
+fcos_resnet50_ifpn = _named("fcos", "resnet50", "ifpn", FCOS)
+fcos_paper_resnet50_fpn = _named("fcos_paper", "resnet50", "fpn", PaperFCOS)
+fcos_paper_resnet50_ifpn = _named("fcos_paper", "resnet50", "ifpn", PaperFCOS)
+atss_resnet50_fpn = _named("atss", "resnet50", "fpn", ATSS)
+atss_resnet50_ifpn = _named("atss", "resnet50", "ifpn", ATSS)
+autoassign_resnet50_fpn = _named("autoassign", "resnet50", "fpn", AutoAssign)
+autoassign_resnet50_ifpn = _named("autoassign", "resnet50", "ifpn", AutoAssign)
+
+__all__ = [
+    "BACKBONES",
+    "DETECTORS",
+    "NECKS",
+    "Builder",
+    "atss_resnet50_fpn",
+    "atss_resnet50_ifpn",
+    "autoassign_resnet50_fpn",
+    "autoassign_resnet50_ifpn",
+    "build_detector",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_ifpn",
+    "fcos_paper_resnet50_fpn",
+    "fcos_paper_resnet50_ifpn",
+    "fcos_resnet50_fpn",
+    "fcos_resnet50_ifpn",
+    "keypointrcnn_resnet50_fpn",
+    "keypointrcnn_resnet50_ifpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_ifpn",
+    "retinanet_resnet18_fpn",
+    "retinanet_resnet18_ifpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_ifpn",
+]
