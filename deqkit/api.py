@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from deqkit import stages
+from deqkit import held, stages
 from deqkit.adjoints import Adjoint, Problem, make_adjoint
 from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
@@ -105,6 +105,8 @@ def solve(
     _check_transforms(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
+    scope = held.opened()
+    f, args = scope.bind(f, args)
     evaluator = adjoint.prepare(Evaluator(_first_of_two(f) if has_aux else f, layout, args))
     tolerances = {"rtol": termination.rtol, "atol": termination.atol}
     settings = {"solver": solver.name, **tolerances}
@@ -147,6 +149,7 @@ def solve(
         states={step: layout.unpack(at) for step, at in states.items()},
         aux=aux,
         adjoint_stats=problem.stats,
+        masks=scope.masks,
         **settings,
     )
     report_failure(on_failure, "solve", solution, resolution=layout.resolution, stacklevel=2, **tolerances)

@@ -86,6 +86,7 @@ class Solution:
         solver: name of the solver.
         rtol: the relative tolerance that was asked for.
         atol: the absolute tolerance that was asked for.
+        masks: of variational dropout, as the solve has drawn them: for `deqkit.nn.hold`. Copies do not have them.
     """
 
     value: Any
@@ -101,6 +102,7 @@ class Solution:
     solver: str = ""
     rtol: float = 0.0
     atol: float = 0.0
+    masks: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def converged(self) -> Tensor:
@@ -112,8 +114,12 @@ class Solution:
         tensors = {name: tree_map(_detached, getattr(self, name)) for name in ("value", "states", "aux")}
         return replace(self, **tensors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the masks, which belong to the modules that drew them."""
+        return self.__dict__ | {"masks": {}}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
-        copied = copy.copy(self.detach())  # tensors with a graph refuse to be copied
+        copied = replace(self.detach(), masks={})  # tensors with a graph refuse to be copied
         memo[id(self)] = copied
         for item in fields(self):
             setattr(copied, item.name, copy.deepcopy(getattr(copied, item.name), memo))

@@ -1,13 +1,13 @@
 """Faults found in other libraries, one test each: what they got silently wrong, where they crashed, what they wasted.
 
-The numbers are those of a list of 28 faults of torchdeq 0.1.0. Missing are those of features that deqkit does not have:
-19 (dropout masks), 20 (weight normalisation).
+The numbers are those of a list of 28 faults of torchdeq 0.1.0.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
@@ -430,6 +430,59 @@ def test_fault_18_no_device_is_taken_for_granted(solver: str) -> None:
     stats = sol.adjoint_stats
     tensors = [sol.value, sol.status, sol.residual, sol.relative_residual, sol.num_steps, b.grad, stats.status]
     assert [t.device.type for t in tensors if t is not None] == ["meta"] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fault_19_dropout_masks_are_those_of_the_input(device: str, dtype: torch.dtype) -> None:
+    """Masks of variational dropout were float32 on the CPU, whatever the input."""
+    dropout, outs = deqkit.nn.VariationalDropout(0.5), []
+
+    def f(x: Tensor, b: Tensor) -> Tensor:
+        outs.append(dropout(torch.ones_like(x)))
+        return 0.25 * dropout(x) + b
+
+    b = torch.ones(2, 8, dtype=dtype, device=device, requires_grad=True)
+    adjoint = deqkit.ImplicitAdjoint(rtol=0.0)
+    x = deqkit.solve(f, torch.zeros_like(b), args=(b,), adjoint=adjoint, rtol=0, max_steps=4, on_failure="ignore").value
+    x.sum().backward()
+    assert x.dtype == dtype and b.grad is not None and len(outs) >= 5
+    assert all(out.dtype == dtype and out.device.type == device for out in outs)
+    if device == "cpu":
+        assert all(torch.equal(out, outs[0]) for out in outs) and set(outs[0].unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("constrain", [deqkit.nn.weight_norm, deqkit.nn.spectral_norm])
+def test_fault_20_constrained_weights(constrain: Callable[..., torch.nn.Module]) -> None:
+    """A second backward without a reset failed, deepcopy and pickle failed, a loaded state left a stale weight, and a
+    weight computed under no_grad had no gradient.
+    """
+    x0, b = torch.zeros(2, 4, dtype=torch.float64), torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
+
+    def layer() -> deqkit.nn.FixedPoint:
+        cell = Cell()
+        constrain(cell.linear, 0.4)
+        return deqkit.nn.FixedPoint(cell, **TIGHT)
+
+    mine = layer()
+    with torch.no_grad():
+        mine(x0, b)  # no call before that leaves anything behind
+    gradients = []
+    for _ in range(2):
+        mine.zero_grad()
+        mine(x0, b).square().sum().backward()
+        gradients.append([p.grad for p in mine.parameters()])
+    assert all(g is not None and g.any() for g in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        assert torch.equal(other(x0, b), mine(x0, b))
+    other = layer()
+    before = other(x0, b)
+    with torch.no_grad():
+        for p in mine.parameters():
+            p.mul_(0.5)
+    other.load_state_dict(mine.state_dict())
+    assert torch.equal(other(x0, b), mine(x0, b)) and not torch.allclose(other(x0, b), before)
 
 
 @pytest.mark.parametrize("solver", CLASSIC)

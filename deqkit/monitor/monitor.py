@@ -21,7 +21,7 @@ from deqkit.monitor.hooks import Hook, find_layers
 from deqkit.monitor.loggers import make_loggers
 from deqkit.monitor.record import ADJOINT, Record, Window
 from deqkit.monitor.tally import Totals
-from deqkit.nn import FixedPoint
+from deqkit.nn import FixedPoint, hold
 from deqkit.solution import Solution, is_capturing
 from deqkit.solvers.base import as_int
 
@@ -216,7 +216,8 @@ class Monitor:
         f = (lambda x, *rest: layer.module(x, *rest)[0]) if layer.has_aux else layer.module
         self._measuring.add(threading.get_ident())
         try:
-            radius = spectral_radius(f, solution.value, args, batch_dims=layer.batch_dims)
+            with hold(solution=solution):
+                radius = spectral_radius(f, solution.value, args, batch_dims=layer.batch_dims)
         finally:
             self._measuring.discard(threading.get_ident())
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deqkit.adjoints import Adjoint
 from deqkit.api import solve
+from deqkit.nn.module_check import check_module, describe
+from deqkit.nn.parametrization import hold_parametrizations
 from deqkit.solution import Solution
 from deqkit.solvers import Solver
 
@@ -37,6 +40,8 @@ class FixedPoint(nn.Module):
         warm_start: start from the fixed points of the last call, for data that change little from call to call (the
             frames of a video, the same batch again). Where shapes, dtype or device have changed, and for samples that
             did not converge, x0 is used. `reset` forgets them.
+        check: whether to look once, at the first call in training mode, for modules inside that leave f without a fixed
+            point, such as BatchNorm and dropout, and to warn of them: see `check_module`.
 
     Attributes:
         last_solution: the `Solution` of the last call, detached; None before the first. Copies and pickles start
@@ -77,12 +82,14 @@ class FixedPoint(nn.Module):
         keep: Iterable[int] = (),
         has_aux: bool = False,
         warm_start: bool = False,
+        check: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        if not isinstance(warm_start, bool):
-            raise TypeError(f"warm_start must be True or False, got {warm_start!r}")
+        for name, flag in (("warm_start", warm_start), ("check", check)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         self.module = module
         self.solver, self.adjoint, self.norm = solver, adjoint, norm
         self.rtol, self.atol = rtol, atol
@@ -91,6 +98,8 @@ class FixedPoint(nn.Module):
         self.keep = tuple(keep) if isinstance(keep, Iterable) else keep
         self.has_aux, self.warm_start = has_aux, warm_start
         self.num_monitors = 0
+        self._is_checked = not check
+        hold_parametrizations(module)
         self._check_settings()
         self._last_solution: Solution | None = None
 
@@ -123,6 +132,8 @@ class FixedPoint(nn.Module):
         Raises:
             ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         """
+        if self.training and not (self._is_checked or torch.compiler.is_compiling()):
+            self._check_module()
         start = self._start(x0) if self.warm_start else x0
         solution = solve(self.module, start, args=args, **self.settings)
         self._last_solution = solution.detach()
@@ -132,6 +143,14 @@ class FixedPoint(nn.Module):
     def reset(self) -> None:
         """Forget the last solution, and with it the warm start."""
         self._last_solution = None
+
+    def _check_module(self) -> None:
+        """Warn of what `check_module` finds, once: by the first call the module is as it is going to be used."""
+        self._is_checked = True
+        hold_parametrizations(self.module)
+        findings = check_module(self.module)
+        if findings:
+            warnings.warn(f"{describe(findings)}\n(check=False silences this.)", UserWarning, stacklevel=5)
 
     def _start(self, x0: Any) -> Any:
         if self._last_solution is None:

@@ -1,0 +1,152 @@
+"""L0. What stays the same in every evaluation of one solve: weights computed from parameters, masks drawn at random.
+
+A parametrised weight or a dropout mask is a part of f. For f to be a function while it is solved for and
+differentiated, the weight is to be computed once, with its gradient, and the mask to be drawn once. So every solve
+opens a scope: the first use of a weight or mask in it makes it, every later one gets the same, also in a backward pass
+that evaluates f again, in whichever thread. Weights travel as an argument of f, so that a solve differentiates towards
+them as towards any other argument, twice where that is asked for.
+
+`torch.nn.utils.parametrize.cached` is no base for this: it gives a deep copy of a module the weights of the original,
+is shared by all threads, keeps a weight without gradient where a solve computes it first, and has ended by the time of
+a backward pass. Within a scope it does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqkit.state import without_autocast
+
+
+class _Source:
+    """The tensors that a weight was computed from, as they were."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.versions = list(tensors), _versions(tensors)
+
+    def is_still(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and have not been written to."""
+        same = len(tensors) == len(self.tensors) and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
+        return same and _versions(tensors) == self.versions
+
+
+@dataclass(slots=True)
+class Scope:
+    """What is held, and for whom.
+
+    Attributes:
+        with_grad: whether weights are to carry gradients.
+        weights: each with its source, by who computes it; a pytree whose leaves are the weights.
+        masks: by whatever tells them apart.
+        hooks: see `packing_hooks`, at the time when the scope was entered.
+    """
+
+    with_grad: bool
+    weights: dict[Hashable, tuple[Tensor, _Source]]
+    masks: dict[Hashable, Tensor]
+    hooks: Any = None
+
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether f itself recomputes what runs now in the backward pass, where this scope will not be known."""
+        return torch.is_grad_enabled() and packing_hooks() is not self.hooks
+
+    def bind(self, f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """F, which enters this scope whenever and wherever it is called, and its arguments, foremost the weights."""
+
+        def in_scope(x: Any, weights: Any, *args: Any) -> Any:
+            before = _local.scope  # no block of `Entered`: this is on the way of every evaluation
+            _local.scope = Scope(self.with_grad, weights, self.masks, packing_hooks())
+            try:
+                return f(x, *args)
+            finally:
+                _local.scope = before
+
+        return in_scope, (self.weights, *args)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.scope: Scope | None = None
+
+
+_local = _Local()
+
+
+def current() -> Scope | None:
+    """The scope that this thread is in."""
+    return _local.scope
+
+
+class Entered:
+    """Puts a thread into a scope, or with None into none, for the time of a block, any number of times."""
+
+    def __init__(self, scope: Scope | None) -> None:
+        self.scope = scope
+        self.before: list[Scope | None] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_local.scope)
+        _local.scope = None if self.scope is None else replace(self.scope, hooks=packing_hooks())
+
+    def __exit__(self, *_: Any) -> None:
+        _local.scope = self.before.pop()
+
+
+def opened() -> Scope:
+    """A scope for whoever asks now: it shares all with the one around it, if there is one."""
+    around, with_grad = _local.scope, torch.is_grad_enabled()
+    if around is None:
+        return Scope(with_grad, {}, {})
+    if with_grad and not around.with_grad:  # the weights there are of no use
+        return Scope(with_grad, {}, around.masks)
+    return around
+
+
+def weight(key: Hashable, source: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    """The weight that ``key`` computes from ``source``, computed once per scope.
+
+    A scope does not outlive a change of the source: then the weight is computed anew.
+    """
+    scope = _local.scope
+    if scope is None or scope.is_checkpointed:
+        return compute()
+    found = scope.weights.get(key)
+    if found is not None and found[1].is_still(source):
+        return found[0]
+    with_grad = scope.with_grad or torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and with_grad and not torch.is_grad_enabled():
+        return compute()  # a graph compiled without gradients would hand out a weight without
+    # A cast that autocast has cached without gradients would be used again.
+    with torch.set_grad_enabled(with_grad), without_autocast(source[0].device), _unpacked():
+        value = compute()
+    scope.weights[key] = (value, _Source(source))
+    return value
+
+
+def _unpacked() -> contextlib.AbstractContextManager[None]:
+    """Keep saved tensors where they are: no recomputation would compute the weight again, as it is held."""
+    if packing_hooks() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def packing_hooks() -> Any:
+    """What packs away saved tensors at present (activation checkpointing, offloading); None for nothing."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return None if hooks is None else hooks[0]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return []
+    return [t._version for t in tensors]
