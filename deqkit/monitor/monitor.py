@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from deqkit.monitor.tally import Totals
 from deqkit.nn import FixedPoint, hold
 from deqkit.solution import Solution, is_capturing
 from deqkit.solvers.base import as_int
+from deqkit.spectral import spectral_radius
 
 
 class Monitor:
@@ -59,11 +59,10 @@ class Monitor:
             anything else with ``log_metrics(figures, step)``), or a list of those.
         every: training steps from one flush to the next; None leaves it to calls of `flush`.
         on_failure: "warn" as described, or "ignore": then the layers warn as they did.
-        spectral_radius: called as ``spectral_radius(f, x, args, batch_dims=...)`` at the fixed points of `FixedPoint`
-            layers (not of other modules, nor in inference mode), such as `deqkit.spectral_radius` or a
-            ``functools.partial`` of it; returns the radius per sample, batch. Unlike everything else it calls f, and
-            may make the host wait.
-        radius_every: measure it at every so many-th solve of a layer.
+        radius_every: measure the spectral radius of df/dx at the fixed point of every so many-th solve of a layer, to
+            about 1 %, see `deqkit.spectral_radius`; None for never. Unlike everything else that costs calls of f (one,
+            and up to 100 vector-Jacobian products) and makes the host wait. Only for `FixedPoint` layers, and not in
+            inference mode.
 
     Attributes:
         history: what was flushed: one dict per flush, with "step" and the figures by "<layer>/<figure>". See
@@ -90,16 +89,13 @@ class Monitor:
         logger: Any = None,
         every: int | None = 50,
         on_failure: Literal["warn", "ignore"] = "warn",
-        spectral_radius: Callable[..., Any] | None = None,
-        radius_every: int = 100,
+        radius_every: int | None = None,
     ) -> None:
         if on_failure not in ("warn", "ignore"):
             raise ValueError(f"unknown on_failure {on_failure!r}: choose one of ['warn', 'ignore']")
-        if spectral_radius is not None and not callable(spectral_radius):
-            raise TypeError(f"spectral_radius must be callable, got {type(spectral_radius).__name__}")
         self.every = None if every is None else _positive("every", every)
-        self.radius_every = _positive("radius_every", radius_every)
-        self.on_failure, self.spectral_radius = on_failure, spectral_radius
+        self.radius_every = None if radius_every is None else _positive("radius_every", radius_every)
+        self.on_failure = on_failure
         self.history: list[dict[str, float]] = []
         self._loggers = make_loggers(logger)
         self._records: dict[str, Record] = {}
@@ -201,27 +197,26 @@ class Monitor:
         self._latest[name] = weakref.ref(solution)
         name = name if module.training else f"{name}.eval"
         self.record(solution, name)
-        if (
-            self.spectral_radius is not None
-            and isinstance(module, FixedPoint)
-            and not torch.is_inference_mode_enabled()
-        ):
-            record = self._records.get(name)
-            if record is not None and (record.num_solves - 1) % self.radius_every == 0:
-                self._measure_radius(self.spectral_radius, record, module, args[1:], solution)
+        record = self._records.get(name)
+        if self.radius_every is None or record is None or (record.num_solves - 1) % self.radius_every:
+            return
+        # A layer with a forward of its own may call f with other arguments than it was given.
+        if isinstance(module, FixedPoint) and type(module).forward is FixedPoint.forward:
+            if not torch.is_inference_mode_enabled():
+                self._measure_radius(record, module, args[1:], solution)
 
-    def _measure_radius(
-        self, spectral_radius: Callable[..., Any], record: Record, layer: FixedPoint, args: Any, solution: Solution
-    ) -> None:
+    def _measure_radius(self, record: Record, layer: FixedPoint, args: Any, solution: Solution) -> None:
         f = (lambda x, *rest: layer.module(x, *rest)[0]) if layer.has_aux else layer.module
         self._measuring.add(threading.get_ident())
         try:
             with hold(solution=solution):
-                radius = spectral_radius(f, solution.value, args, batch_dims=layer.batch_dims)
+                radius = spectral_radius(
+                    f, solution.value, args, batch_dims=layer.batch_dims, rtol=1e-2, max_products=100, return_error=True
+                )
         finally:
             self._measuring.discard(threading.get_ident())
         with self._lock:
-            record.add_radius(torch.as_tensor(getattr(radius, "value", radius)))
+            record.add_radius(radius.value)
 
     def _hold_back(self) -> None:
         """Take over the warnings of the layers."""
@@ -272,7 +267,7 @@ class Monitor:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the figures and the settings; it is attached to nothing and writes nowhere."""
         left_out = {"_handles": [], "_modules": {}, "_loggers": [], "_holds_back": None, "_lock": None}
-        return self.__dict__ | left_out | {"_latest": {}, "_measuring": set(), "spectral_radius": None}
+        return self.__dict__ | left_out | {"_latest": {}, "_measuring": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

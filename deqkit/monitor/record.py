@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Window:
 
     Attributes:
         totals: of the solves and of the adjoint solves, by prefix.
-        radii: spectral radii measured.
+        radii: spectral radii measured, those of samples with a finite Jacobian.
     """
 
     totals: dict[str, Totals]
@@ -70,7 +71,7 @@ class Record:
     def read(self) -> Window:
         """The window so far. The host waits for the device."""
         self._collect_adjoints()
-        radii = [value for radius in self._radii for value in radius.tolist()]
+        radii = [value for radius in self._radii for value in radius.tolist() if math.isfinite(value)]
         return Window({kind: tally.read() for kind, tally in self._tallies.items()}, radii)
 
     def end(self, window: Window) -> None:
