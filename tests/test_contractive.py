@@ -100,7 +100,7 @@ def errors_of_plain_iteration(block: Block, shape: tuple[int, ...], steps: int) 
     """|x_k - x*| for k = 0 .. steps, x* by an accelerated solver."""
     x0, inputs = (torch.randn(1, *shape, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        sol = deqkit.solve(block, x0, args=(inputs,), rtol=1e-13, max_steps=2000, on_failure="ignore")
+        sol = deqkit.solve(block, x0, args=(inputs,), solver="auto", rtol=1e-13, max_steps=2000, on_failure="ignore")
         assert sol.residual.item() < 1e-10
         plain = deqkit.solve(
             block, x0, args=(inputs,), solver="fixed_point", rtol=0, max_steps=steps, keep=range(steps + 1)
@@ -152,7 +152,7 @@ def test_monotone_blocks_have_the_fixed_point_of_their_network(kind: str) -> Non
     w = -a.mT @ a + b - b.mT  # the margin is 1
     bias = block.bias if len(shape) == 1 else block.bias[:, None, None].expand(shape)
     inputs = torch.randn(20, *shape, dtype=torch.float64)
-    sol = deqkit.solve(block, torch.zeros_like(inputs), args=(inputs,), rtol=1e-12, max_steps=2000)
+    sol = deqkit.solve(block, torch.zeros_like(inputs), args=(inputs,), solver="auto", rtol=1e-12, max_steps=2000)
     network = lambda x: torch.relu(x @ w.mT + (bias + inputs).reshape(20, n))  # noqa: E731
     flat = sol.value.reshape(20, n)
     torch.testing.assert_close(network(flat), flat, rtol=1e-8, atol=1e-9)
