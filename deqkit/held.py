@@ -43,27 +43,28 @@ class Scope:
 
     Attributes:
         with_grad: whether weights are to carry gradients.
-        weights: each with its source, by who computes it; a pytree whose leaves are the weights.
+        weights: each with its source, by who computes it; a pytree whose leaves are the weights. None where each solve
+            is to hold its own, and nothing else any.
         masks: by whatever tells them apart.
-        hooks: see `packing_hooks`, at the time when the scope was entered.
+        checkpoint: see `checkpoint_hook`, at the time when the scope was entered.
     """
 
     with_grad: bool
-    weights: dict[Hashable, tuple[Tensor, _Source]]
+    weights: dict[Hashable, tuple[Tensor, _Source]] | None
     masks: dict[Hashable, Tensor]
-    hooks: Any = None
+    checkpoint: Any = None
 
     @property
     def is_checkpointed(self) -> bool:
         """Whether f itself recomputes what runs now in the backward pass, where this scope will not be known."""
-        return torch.is_grad_enabled() and packing_hooks() is not self.hooks
+        return torch.is_grad_enabled() and checkpoint_hook() is not self.checkpoint
 
     def bind(self, f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """F, which enters this scope whenever and wherever it is called, and its arguments, foremost the weights."""
 
         def in_scope(x: Any, weights: Any, *args: Any) -> Any:
             before = _local.scope  # no block of `Entered`: this is on the way of every evaluation
-            _local.scope = Scope(self.with_grad, weights, self.masks, packing_hooks())
+            _local.scope = Scope(self.with_grad, weights, self.masks, checkpoint_hook())
             try:
                 return f(x, *args)
             finally:
@@ -94,7 +95,7 @@ class Entered:
 
     def __enter__(self) -> None:
         self.before.append(_local.scope)
-        _local.scope = None if self.scope is None else replace(self.scope, hooks=packing_hooks())
+        _local.scope = None if self.scope is None else replace(self.scope, checkpoint=checkpoint_hook())
 
     def __exit__(self, *_: Any) -> None:
         _local.scope = self.before.pop()
@@ -105,7 +106,7 @@ def opened() -> Scope:
     around, with_grad = _local.scope, torch.is_grad_enabled()
     if around is None:
         return Scope(with_grad, {}, {})
-    if with_grad and not around.with_grad:  # the weights there are of no use
+    if around.weights is None or (with_grad and not around.with_grad):  # where they are of no use
         return Scope(with_grad, {}, around.masks)
     return around
 
@@ -116,7 +117,7 @@ def weight(key: Hashable, source: Sequence[Tensor], compute: Callable[[], Tensor
     A scope does not outlive a change of the source: then the weight is computed anew.
     """
     scope = _local.scope
-    if scope is None or scope.is_checkpointed:
+    if scope is None or scope.weights is None or scope.is_checkpointed:
         return compute()
     found = scope.weights.get(key)
     if found is not None and found[1].is_still(source):
@@ -133,17 +134,18 @@ def weight(key: Hashable, source: Sequence[Tensor], compute: Callable[[], Tensor
 
 def _unpacked() -> contextlib.AbstractContextManager[None]:
     """Keep saved tensors where they are: no recomputation would compute the weight again, as it is held."""
-    if packing_hooks() is None:
+    if checkpoint_hook() is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-def packing_hooks() -> Any:
-    """What packs away saved tensors at present (activation checkpointing, offloading); None for nothing."""
+def checkpoint_hook() -> Any:
+    """What marks the innermost activation checkpoint that runs now for the first time or once more; None outside."""
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    return None if hooks is None else hooks[0]
+    # Others, which offload saved tensors or count them, compute nothing again.
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_the_bound_of_a_convolution_is_sharp_for_large_images(mode: Any) -> None
     norms = [operator_norm(conv, 2, size, size) for size in (3, 6, 24)]
     assert norms[0] < norms[1] < norms[2] < 0.7 if mode == "zeros" else all(n < 0.7 for n in norms)
     assert norms[2] > 0.94 * 0.7
+
+
+def test_the_bound_counts_what_lies_between_the_frequencies_of_its_grid() -> None:
+    """Taps that rotate by half a step of the grid: the symbol is largest right between two of its points."""
+    step = torch.tensor(math.pi / 16, dtype=torch.float64)
+    taps = [torch.stack([(t * step).cos(), -(t * step).sin(), (t * step).sin(), (t * step).cos()]) for t in range(3)]
+    conv = nn.Conv1d(2, 2, 3, padding=1, bias=False, dtype=torch.float64)
+    conv.weight.data.copy_(torch.stack(taps, 1).reshape(2, 2, 3))
+    assert operator_norm(conv, 2, 200) > 2.99
+    deqkit.nn.spectral_norm(conv, 1.0)
+    assert 0.97 < operator_norm(conv, 2, 200) <= 1
 
 
 def test_the_norm_of_the_reshaped_weight_would_be_no_bound() -> None:

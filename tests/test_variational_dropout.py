@@ -319,11 +319,33 @@ def test_the_masks_of_a_solve_can_be_held_afterwards() -> None:
     with deqkit.nn.hold(), deqkit.nn.hold(solution=solution):
         torch.testing.assert_close(cell(second, inputs), second)
         penalty = deqkit.jacobian_penalty(cell, second, (inputs,))
+        error = deqkit.gradient_error(cell, second, "implicit", args=(inputs,))
+        assert error.relative_error < 1e-3
     assert not torch.allclose(first, second) and penalty > 0
     for other in (copy.copy(solution), copy.deepcopy(solution), pickle.loads(pickle.dumps(solution))):
         assert not other.masks and torch.equal(other.value, solution.value)
     with pytest.raises(TypeError, match="solution must be a deqkit.Solution, got Tensor"), deqkit.nn.hold(solution=x0):  # pyright: ignore
         pass
+
+
+def test_the_doctor_examines_f_under_one_mask() -> None:
+    cell, (x0, inputs) = Cell(), batch()
+    found = deqkit.diagnose(cell, x0, args=(inputs,))
+    assert found.healthy and found.adjoints
+    masks = torch.stack([m for m in cell.seen if m.shape == x0.shape])
+    assert (masks == masks[0]).all()
+
+
+def test_saved_tensors_may_be_offloaded() -> None:
+    cell, (x0, inputs) = Cell(), batch()
+
+    def f(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return cell(x, inputs)
+
+    x = deqkit.solve(f, x0, **TIGHT).value
+    expected = with_mask(cell, cell.masks()[0], x0, inputs)
+    torch.testing.assert_close(gradients(x, cell), gradients(expected, cell), rtol=1e-7, atol=1e-9)
 
 
 def test_a_monitor_measures_the_radius_under_the_masks_of_the_solve() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqkit import held
 from deqkit.adjoints import ADJOINTS, Adjoint, make_adjoint
 from deqkit.diagnosis import checks, gradient_checks, trials
 from deqkit.diagnosis.advice import recommend
@@ -109,7 +110,9 @@ def diagnose(
     settings = trials.Settings(float(rtol), float(atol), max_steps, norm)
     with torch.inference_mode(False), torch.enable_grad(), untouched(modules_of(f, args), args, layout.device):
         subject = Subject(f, x0, args, batch_dims)
-        found = _examine(subject, settings, chosen, wanted, asked_for=solvers is not None)
+        # One mask of variational dropout for all that is compared.
+        with held.Entered(held.Scope(True, None, held.opened().masks)):
+            found = _examine(subject, settings, chosen, wanted, asked_for=solvers is not None)
     diagnosis = Diagnosis(
         subject=_name(f),
         state=_describe(layout),

@@ -14,7 +14,7 @@ def remedy(check: Check) -> str:
 
 def _deterministic(check: Check) -> str:
     if check.evidence.get("draws_random_numbers"):
-        return "A stochastic f has no fixed point: draw masks once per solve and pass them in args, or use eval()"
+        return "A stochastic f has no fixed point: use deqkit.nn.VariationalDropout, or eval()"
     return "An f that changes from call to call has no fixed point: look for state that it keeps"
 
 
