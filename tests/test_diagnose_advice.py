@@ -61,7 +61,7 @@ def test_remedies_fit_the_evidence() -> None:
     def of(name: str, **evidence: Any) -> str:
         return remedy(Check(name, "failed", "", evidence))
 
-    assert "masks" in of("deterministic", draws_random_numbers=True) and "masks" not in of("deterministic")
+    assert "VariationalDropout" in of("deterministic", draws_random_numbers=True) and "masks" not in of("deterministic")
     assert "GroupNorm" in of("independent samples", modules=["f.n (BatchNorm2d)"])
     assert "GroupNorm" not in of("independent samples", modules=["f.m (Mix)"])
     assert "detach()" in of("differentiable", without_gradient=["x0"])
