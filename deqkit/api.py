@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from deqkit import held, stages
 from deqkit.adjoints import Adjoint, Problem, make_adjoint
+from deqkit.ledger import LoopResult
 from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
 from deqkit.solution import AdjointStats, Solution, report_failure
@@ -111,7 +112,7 @@ def solve(
     tolerances = {"rtol": termination.rtol, "atol": termination.atol}
     settings = {"solver": solver.name, **tolerances}
     if layout.num_samples == 0:
-        return _empty_solution(layout, x0, trace, settings)
+        return _empty_solution(layout, x0, trace, norm == "leaf_max", settings)
 
     problem = Problem(
         evaluator, state_norm, termination.rtol, termination.atol, max_steps, on_failure, stats=AdjointStats()
@@ -146,6 +147,7 @@ def solve(
         num_steps=layout.per_sample(result.num_steps),
         num_fn_evals=evaluator.num_calls + has_aux,
         trace=None if result.trace is None else layout.per_sample(result.trace),
+        leaf_residuals=layout.per_sample(_leaf_residuals(result)) if norm == "leaf_max" else None,
         states={step: layout.unpack(at) for step, at in states.items()},
         aux=aux,
         adjoint_stats=problem.stats,
@@ -203,6 +205,11 @@ def _check_settings(args: Any, on_failure: Any, trace: Any, has_aux: Any, callba
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 
 
+def _leaf_residuals(result: LoopResult) -> Tensor:
+    """The parts of a norm by leaves; that of the only leaf is the whole."""
+    return result.relative_residual.unsqueeze(0) if result.parts is None else result.parts
+
+
 def _check_transforms(adjoint: Adjoint) -> None:
     """Refuse by name the transforms that do not go through a solve, before they fail within it.
 
@@ -223,7 +230,7 @@ def _check_transforms(adjoint: Adjoint) -> None:
         )
 
 
-def _empty_solution(layout: StateLayout, x0: Any, trace: bool, settings: dict[str, Any]) -> Solution:
+def _empty_solution(layout: StateLayout, x0: Any, trace: bool, leafwise: bool, settings: dict[str, Any]) -> Solution:
     """The answer for a batch without samples: f is not called."""
     nothing = layout.per_sample(torch.empty(0, dtype=layout.dtype, device=layout.device))
     codes = nothing.to(torch.int64)
@@ -232,5 +239,6 @@ def _empty_solution(layout: StateLayout, x0: Any, trace: bool, settings: dict[st
         value = tree_map(lambda t: t if t.requires_grad else t.requires_grad_(), value)
     return Solution(
         value, codes, nothing, nothing.clone(), codes.clone(), 0,
-        trace=nothing.unsqueeze(0)[:0] if trace else None, **settings,
+        trace=nothing.unsqueeze(0)[:0] if trace else None,
+        leaf_residuals=nothing.new_empty(len(layout.leaves), *nothing.shape) if leafwise else None, **settings,
     )  # fmt: skip

@@ -28,6 +28,7 @@ class LoopResult:
     num_steps: Tensor
     trace: Tensor | None  # (evaluations, B)
     kept: dict[int, Blocks]  # points by step, of those asked for that were reached
+    parts: Tensor | None  # relative residual of every part that the norm tells apart (K, B); None for a single one
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Ledger:
     ) -> None:
         self.on_host, self.termination = on_host, termination
         self.best_x, self.best_r = x, r
+        self.parts: tuple[Array, Array] | None = None  # residuals and scales (K, B), where there are several
         self.trace: list[Array] | None = [] if trace else None
         self.step = -1
         self._given = active
@@ -74,16 +76,15 @@ class Ledger:
         self.status = self.nothing + int(Status.MAX_STEPS)
         self.num_steps = self.nothing
         self.residual, self.scale, self.distance = residual, scale, distance
-        self.best_residual, self.best_scale = residual, scale
+        self.best_residual, self.best_scale, self.best_parts = residual, scale, self.parts
         self.best_distance = arrays.where(self.nowhere, distance, torch.inf)
 
     def record(self, step: int, residuals: Tensor, scales: Tensor) -> None:
         """Enter one evaluation: residuals and scales (K, B) as `deqkit.norms.StateNorm` gives them."""
         with arrays.quiet():
-            if self.on_host:
-                measured = self.termination.measure(*_both_to_host(residuals, scales))
-            else:
-                measured = self.termination.measure(residuals, scales)
+            given: tuple[Array, Array] = _both_to_host(residuals, scales) if self.on_host else (residuals, scales)
+            measured = self.termination.measure(*given)
+            self.parts = given if len(residuals) > 1 else None
             if self.step < 0:
                 self._open(*measured)
             self.step = step
@@ -98,10 +99,14 @@ class Ledger:
         self.better = self.active & (self.distance < self.best_distance)
         if arrays.known_all(self.better):
             self.best_distance, self.best_residual, self.best_scale = self.distance, self.residual, self.scale
+            self.best_parts = self.parts
         elif not arrays.known_none(self.better):
             self.best_distance = arrays.where(self.better, self.distance, self.best_distance)
             self.best_residual = arrays.where(self.better, self.residual, self.best_residual)
             self.best_scale = arrays.where(self.better, self.scale, self.best_scale)
+            if self.parts is not None and self.best_parts is not None:
+                new, old = self.parts, self.best_parts
+                self.best_parts = arrays.where(self.better, new[0], old[0]), arrays.where(self.better, new[1], old[1])
 
     def _end(self) -> None:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
@@ -196,6 +201,7 @@ class Ledger:
         num_steps = arrays.where(self.active, self.step, self.num_steps)
         with arrays.quiet():
             relative = _relative(self.best_residual, self.best_scale)
+            parts = None if self.best_parts is None else _relative(*self.best_parts)
         trace = None
         if self.trace is not None:
             trace = torch.stack([arrays.as_tensor(row, x) for row in self.trace]).to(x.dtype)
@@ -211,6 +217,7 @@ class Ledger:
             arrays.as_tensor(num_steps, x),
             trace,
             kept,
+            None if parts is None else arrays.as_tensor(parts, x).to(x.dtype),
         )
 
 

@@ -75,6 +75,8 @@ class Solution:
         status: integer `Status` codes, batch.
         residual: |f(x) - x| of exactly the point in `value`, undamped, in the solve's norm, batch.
         relative_residual: residual / |f(x)|, batch.
+        leaf_residuals: the relative residual of every leaf of `value` by itself, (leaves, batch), under
+            ``norm="leaf_max"``; else None.
         num_steps: solver steps each sample took until it ended, batch.
         num_fn_evals: how often f was called, the evaluations that only carry the gradient included.
         trace: relative residuals (evaluations, batch) if asked for, else None. Row 0 belongs to x0. A sample that has
@@ -96,6 +98,7 @@ class Solution:
     num_steps: Tensor
     num_fn_evals: int
     trace: Tensor | None = None
+    leaf_residuals: Tensor | None = None
     states: dict[int, Any] = field(default_factory=dict)
     aux: Any = None
     adjoint_stats: AdjointStats = field(default_factory=AdjointStats)

@@ -88,6 +88,7 @@ def _merge(first: LoopResult, later: LoopResult, failed: Tensor, keep: Collectio
         num_steps=torch.where(failed, first.num_steps + later.num_steps, first.num_steps),
         trace=_merge_traces(first, later, failed),
         kept=_merge_kept(first, later, failed, keep),
+        parts=None if first.parts is None or later.parts is None else torch.where(failed, later.parts, first.parts),
     )
 
 

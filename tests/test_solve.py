@@ -293,6 +293,34 @@ def test_leaf_max_sees_what_a_flat_norm_hides() -> None:
     torch.testing.assert_close(strict.relative_residual[0], small[1])
 
 
+@pytest.mark.parametrize("solver", ["fixed_point", "broyden", "auto_short"])
+@pytest.mark.parametrize("max_steps", [4, 200])
+def test_leaf_residuals_are_those_of_the_value(solver: str, max_steps: int) -> None:
+    rates = torch.tensor([0.2, 0.9, -1.1])  # under plain steps the last sample runs away
+
+    def f(x: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [rates.view(-1, 1) * x[0] + 1, (rates * x[1].sum(1)).unsqueeze(1).tanh() + x[0][:, :1]]
+
+    x0 = [torch.randn(3, 5, generator=torch.manual_seed(0)), torch.zeros(3, 1)]
+    settings = {"rtol": 1e-4, "max_steps": max_steps, "on_failure": "ignore"}
+    sol = deqkit.solve(f, x0, solver=SOLVERS[solver], norm="leaf_max", **settings)
+    pairs = zip(f(sol.value), sol.value, strict=True)
+    expected = torch.stack([(fx - x).norm(dim=1) / fx.norm(dim=1) for fx, x in pairs])
+    torch.testing.assert_close(sol.leaf_residuals, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(sol.leaf_residuals.amax(0), sol.relative_residual)
+    assert deqkit.solve(f, x0, solver=SOLVERS[solver], **settings).leaf_residuals is None
+
+
+@pytest.mark.parametrize(("leaves", "batch_dims"), [(1, 1), (1, 0), (2, 2), (3, 1)])
+def test_shape_of_leaf_residuals(leaves: int, batch_dims: int) -> None:
+    for batch in (4, 0) if batch_dims else (4,):
+        x0 = {str(j): torch.ones(batch, 2, 3 + j) for j in range(leaves)}
+        sol = deqkit.solve(
+            lambda x: {k: v / 2 for k, v in x.items()}, x0, batch_dims=batch_dims, norm="leaf_max", atol=1.0
+        )
+        assert sol.leaf_residuals.shape == (leaves, *x0["0"].shape[:batch_dims])
+
+
 def test_norm_function() -> None:
     sol = deqkit.solve(lambda x: 0.5 * x + 1, torch.zeros(2, 3), norm=lambda x: x.abs().amax(dim=1))
     fx = 0.5 * sol.value + 1
