@@ -57,6 +57,14 @@ def test_the_layer_is_a_solve() -> None:
     assert last.adjoint_stats.converged is not None and last.adjoint_stats.converged.all()
 
 
+def test_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = deqkit.nn.FixedPoint(Cell(), **TIGHT)
+    layer.to_empty(device="cpu").load_state_dict(deqkit.nn.FixedPoint(Cell()).state_dict())
+    layer(*batch())
+    assert layer.last_solution is not None and layer.last_solution.converged.all()
+
+
 def test_it_trains() -> None:
     layer = deqkit.nn.FixedPoint(Cell())
     x0, inputs = batch(size=16)

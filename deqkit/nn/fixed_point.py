@@ -166,13 +166,14 @@ class FixedPoint(nn.Module):
 
     def _check_settings(self) -> None:
         """Let `solve` judge the settings now and not at the first call."""
-        nothing = torch.zeros((1,) * self.batch_dims if isinstance(self.batch_dims, int) else 1)
+        nothing = torch.zeros((1,) * self.batch_dims if isinstance(self.batch_dims, int) else 1, device="cpu")
         settings: dict[str, Any] = self.settings
         if callable(self.norm):  # meant for the state's structure, which is not known yet
             settings["norm"] = None
         for limit in (self.max_steps, self.eval_max_steps):
             settings["max_steps"] = self.max_steps if limit is None else limit
-            solve((lambda x: (x, None)) if self.has_aux else (lambda x: x), nothing, **settings)
+            with torch.device("cpu"):  # the layer may be made on the meta device
+                solve((lambda x: (x, None)) if self.has_aux else (lambda x: x), nothing, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solution out of copies and pickles: it reports on a batch, it is not the model."""
