@@ -63,7 +63,7 @@ def test_every_detector_and_every_backbone_has_twins(detector, backbone):
     assert isinstance(explicit.backbone.fpn, FeaturePyramidNetwork)
     neck = implicit.backbone.fpn
     assert isinstance(neck, ImplicitFPN)
-    own = ("backbone.fpn.layer_blocks.", "backbone.fpn.transform.")
+    own = ("backbone.fpn.layer_blocks.", "backbone.fpn.module.transform.")
     shared = [[name for name in model.state_dict() if not name.startswith(own)] for model in (explicit, implicit)]
     assert shared[0] == shared[1]
     is_rcnn = detector.endswith("rcnn")

@@ -49,7 +49,7 @@ def test_twins_differ_in_the_neck_only(explicit, implicit, settings):
     a, b = seeded(explicit, **settings), seeded(implicit, **settings)
     assert isinstance(a, RetinaNet) and isinstance(b, RetinaNet)
     assert isinstance(a.backbone.fpn, FeaturePyramidNetwork) and isinstance(b.backbone.fpn, ImplicitFPN)
-    own_a, own_b = "backbone.fpn.layer_blocks.", "backbone.fpn.transform."
+    own_a, own_b = "backbone.fpn.layer_blocks.", "backbone.fpn.module.transform."
     state_a, state_b = a.state_dict(), b.state_dict()
     shared = [k for k in state_a if not k.startswith(own_a)]
     assert shared == [k for k in state_b if not k.startswith(own_b)]

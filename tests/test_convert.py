@@ -36,7 +36,7 @@ def test_from_fpn_adopts_the_modules():
     assert neck.inner_blocks is fpn.inner_blocks and neck.extra_blocks is fpn.extra_blocks
     assert neck.max_steps == 40 and not neck.training and not neck.transform.residual_blocks[0].training
     state = neck.state_dict()
-    assert {k for k in state if not k.startswith("transform.")} == set(kept)
+    assert {k for k in state if not k.startswith("module.transform.")} == set(kept)
     assert all(state[k].data_ptr() == kept[k].data_ptr() for k in kept)
     assert all(v.dtype == torch.float64 for v in state.values())
     assert all(v.dtype == torch.float64 for v in neck(x).values())
@@ -116,10 +116,10 @@ def test_convert_the_models_of_torchvisions_builders(builder):
     keys = list(model.backbone.fpn.state_dict())
     convert_fpn_(model)
     after = model.state_dict()
-    assert before == {k for k in after if ".fpn.transform." not in k}
+    assert before == {k for k in after if ".fpn.module.transform." not in k}
     assert all(v.is_meta for v in after.values())
     assert any("layer_blocks" in k for k in keys)
-    assert model.backbone.fpn.transform.num_levels == (5 if model.backbone.fpn.extra_in_state else 4)
+    assert model.backbone.fpn.num_levels == (5 if model.backbone.fpn.extra_in_state else 4)
 
 
 def test_convert_refuses_what_it_cannot_convert():

@@ -39,32 +39,6 @@ def test_residual_block_is_conv_norm_relu_conv_norm_plus_input():
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_pyramid_conv_is_eq_8(share):
-    csc = PyramidConv(4, 3, share=share)
-    assert all(not conv.bias.any() for conv in csc.modules() if isinstance(conv, nn.Conv2d))
-    weights = [conv.weight for conv in csc.modules() if isinstance(conv, nn.Conv2d)]
-    assert len(weights) == (3 if share else 7)
-    for conv in csc.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.normal_(conv.bias)
-    r = [torch.randn(2, 4, *s) for s in [(13, 18), (7, 9), (4, 5)]]
-
-    def conv(modules, i, x, stride=1):
-        module = modules[0 if share else i]
-        return F.conv2d(x, module.weight, module.bias, stride=stride, padding=1)
-
-    def up(i):
-        return F.interpolate(conv(csc.up, i, r[i + 1]), size=r[i].shape[-2:], mode="bilinear")
-
-    expected = [
-        conv(csc.same, 0, r[0]) + up(0),
-        conv(csc.same, 1, r[1]) + up(1) + conv(csc.down, 0, r[0], stride=2),
-        conv(csc.same, 2, r[2]) + conv(csc.down, 1, r[1], stride=2),
-    ]
-    torch.testing.assert_close(csc(r), expected)
-
-
 def test_pyramid_conv_weights_start_small():
     csc = PyramidConv(64, 2)
     for conv in csc.modules():

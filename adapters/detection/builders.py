@@ -227,7 +227,7 @@ def _check_neck(state: StateDict, *, implicit: bool) -> None:
             "the weights are those of an explicit FPN: load them into the explicit twin and use convert_fpn_ "
             "(the outputs change, the detector has to be trained again)"
         )
-    if not implicit and any(key.startswith("backbone.fpn.transform.") for key in state):
+    if not implicit and any(key.startswith("backbone.fpn.module.transform.") for key in state):
         raise ValueError("the weights are those of an implicit FPN: load them into the implicit twin")
 
 

@@ -288,7 +288,7 @@ class SolverFigures(L.Callback):
         """Logs the solve of the step, and its adjoint's."""
         solution = _last_solution(pl_module)
         if solution is not None:
-            self._solved.append(solution.converged)
+            self._solved.append(solution.converged.reshape(-1))  # a batch solved as one system has no batch dim
         if solution is None or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
         summary = asdict(summarize([solution]))
@@ -331,9 +331,9 @@ def _without_value(solution: deqkit.Solution) -> deqkit.Solution:
 
 def summarize(solutions: list[deqkit.Solution]) -> SolverSummary:
     """How a number of solves went, over all their samples."""
-    residuals = torch.cat([s.relative_residual.double().cpu() for s in solutions])
-    steps = torch.cat([s.num_steps.double().cpu() for s in solutions])
-    converged = torch.cat([s.converged.double().cpu() for s in solutions])
+    residuals = torch.cat([s.relative_residual.double().cpu().reshape(-1) for s in solutions])
+    steps = torch.cat([s.num_steps.double().cpu().reshape(-1) for s in solutions])
+    converged = torch.cat([s.converged.double().cpu().reshape(-1) for s in solutions])
     return SolverSummary(steps.mean().item(), median_of(residuals), residuals.max().item(), converged.mean().item())
 
 

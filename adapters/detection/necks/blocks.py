@@ -1,244 +1,226 @@
-"""The nonlinear transformation G of the implicit FPN and the blocks it is built from.
-
-With `Z_j` the input of level j (level 0 is the finest), i-FPN (arXiv 2012.13563, Eq. 8) computes
-
-    O_i = sum over j = i-1 .. i+1 of W_ij(R_j(Z_j))
-
-where `R_j` is the residual block of level j (RBL) and `W_ij` the cross-scale connection (CSC) from level j to
-level i. `R_j` works on one level, a CSC mixes levels: `NonlinearTransform` composes the two. A new CSC is one
-class with the signature of `CrossScaleFactory` and one line in `CROSS_SCALE_CONNECTIONS`.
+"""What the designs of G are built from: convolutions, resizing, and the residual block of one level (RBL).
 
 Shapes: B batch, C channels, L levels; level j is (B, C, H_j, W_j), coarser levels have the larger index.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
+from torchvision.ops import deform_conv2d
+
+import deqkit
+from adapters.detection.necks.norms import GroupNorm, blank, group_count
 
 __all__ = [
-    "CROSS_SCALE_CONNECTIONS",
-    "CrossScaleFactory",
-    "NonlinearTransform",
-    "PyramidConv",
+    "DeformableConv",
     "ResidualBlock",
+    "autocast_enabled",
+    "channel_dropout",
+    "conv",
+    "group_count",
+    "max_pool",
+    "normalise_weights_",
+    "one_of",
+    "pick",
+    "resize",
+    "zero_convs_",
 ]
 
-_MAX_GROUPS = 32
-_MIN_GROUP_SIZE = 8
+_STD = 0.01
 
 
-def group_count(channels: int) -> int:
-    """Number of GroupNorm groups for a width: the paper's 32, fewer where that makes the groups too small.
+def conv(channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = True, out: int | None = None) -> nn.Conv2d:
+    """A convolution with weights from N(0, 0.01) and bias 0.
 
-    The paper's 256 channels give 32 groups of 8 channels. Narrower necks keep the groups of 8 rather than the
-    32 groups, because the last levels of a pyramid have one or four pixels and a group of two channels on one
-    pixel is always normalised to (-1, 1) or (1, -1): G would jump where the two values cross, and the
-    iteration would not settle (64 channels, levels 8x8 to 1x1, rtol 1e-3 in 15 steps: 7 samples of 24
-    are solved with 32 groups, 23 with 8).
+    This small scale is what makes the iteration contract at the start of training; Kaiming's would not.
 
     Args:
-        channels: Width C of the normalised tensor.
-
-    Returns:
-        The largest divisor of C that is at most 32 and leaves 8 channels or more in a group; 1 if there is
-        none.
+        channels: Width C of the input.
+        kernel_size: 1 or 3; the padding keeps the size.
+        stride: 1 or 2.
+        bias: Whether there is one.
+        out: Width of the output; None for C.
     """
-    candidates = range(min(_MAX_GROUPS, channels // _MIN_GROUP_SIZE), 0, -1)
-    return next((groups for groups in candidates if channels % groups == 0), 1)
+    return _small(nn.Conv2d(channels, out or channels, kernel_size, stride, kernel_size // 2, bias=bias))
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a map bilinearly to a target size; a map that has it already comes back as it is.
+def _small(module: nn.Conv2d) -> nn.Conv2d:
+    nn.init.normal_(module.weight, std=_STD)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class DeformableConv(nn.Conv2d):
+    """3x3 convolution that can sample off its grid: DCNv1 (arXiv 1703.06211), as SEPC has it.
+
+    The offsets come from a 3x3 convolution that starts at zero, so that it starts as the ordinary convolution.
+
+    Args:
+        channels: Width C of input and output.
+        stride: 1 or 2.
+    """
+
+    def __init__(self, channels: int, stride: int = 1):
+        super().__init__(channels, channels, 3, stride, 1)
+        _small(self)
+        self.offset = nn.Conv2d(channels, 2 * 3 * 3, 3, stride, 1)
+        nn.init.zeros_(self.offset.weight)
+        assert self.offset.bias is not None
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, input: Tensor, deform: bool = True) -> Tensor:
+        """Convolve.
+
+        Args:
+            input: Map of shape (B, C, H, W).
+            deform: False convolves on the grid, with the same weights.
+        """
+        if not deform:
+            return super().forward(input)
+        offset = self.offset(input)
+        # Positions need float32, and the operator has no bfloat16 everywhere.
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        x, at, weight = (t.to(dtype) for t in (input, offset, self.weight))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        device = input.device.type
+        with torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext():
+            out = deform_conv2d(x, at, weight, bias, self.stride, self.padding)  # pyright: ignore[reportArgumentType]
+        return out.to(offset.dtype)
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether operations on a type of device are autocast now."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def pick(modules: nn.ModuleList, index: int) -> nn.Module:
+    """The module of a level, or the only one where it is shared."""
+    return modules[index] if len(modules) > 1 else modules[0]
+
+
+def resize(x: Tensor, size: Sequence[int], mode: str = "bilinear", mask: Tensor | None = None) -> Tensor:
+    """Resize a map to a target size; a map that has it already comes back as it is.
 
     The target is always a size and never a factor: pyramids of padded images go 25 -> 13 -> 7.
 
     Args:
         x: Map of shape (B, C, h, w).
         size: Target `(H, W)`.
+        mode: "bilinear" or "nearest".
+        mask: Where the image is, (B, 1, h, w). At its edge the interpolation then takes the pixels inside alone, as
+            it does at the border of a map. (The nearest pixel is inside anyway.)
 
     Returns:
         Map of shape (B, C, H, W).
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    interpolate = partial(
+        F.interpolate, size=tuple(size), mode=mode, align_corners=False if mode == "bilinear" else None
+    )
+    if mask is None or mode == "nearest":
+        return interpolate(x)
+    inside = interpolate(mask.to(x.dtype))  # the part of every pixel's weights that falls on the image
+    return interpolate(blank(x, mask)) / inside.clamp(min=torch.finfo(x.dtype).eps)
+
+
+def max_pool(x: Tensor, mask: Tensor | None, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """Max pooling over the image alone: its padding, which holds zeros, would outdo negative numbers.
+
+    Args:
+        x: Map of shape (B, C, H, W).
+        mask: Where the image is, (B, 1, H, W); None if nothing is padded.
+        pool: The pooling.
+
+    Returns:
+        The pooled map; zero where there is no image to pool.
+    """
+    if mask is None:
+        return pool(x)
+    return blank(pool(x.masked_fill(~mask, -torch.inf)), pool(mask.to(x.dtype)) > 0)
+
+
+def zero_convs_(modules: Iterable[nn.Module]) -> None:
+    """Set weight and bias of convolutions to zero; the offsets of deformable ones stay."""
+    for module in modules:
+        assert isinstance(module, nn.Conv2d)
+        if is_parametrized(module, "weight"):
+            module.weight = torch.zeros_like(module.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            module.weight.zero_()
+        if module.bias is not None:
+            module.bias.zero_()
+
+
+def normalise_weights_(module: nn.Module) -> None:
+    """Weight normalisation (arXiv 1602.07868), one length per output channel, of every convolution in `module`.
+
+    The convolutions that give the offsets of deformable ones are left out: they start at zero and are no part of W.
+    """
+    for name, part in list(module.named_modules()):
+        if isinstance(part, nn.Conv2d) and not name.endswith("offset"):
+            deqkit.nn.weight_norm(part)
+
+
+def channel_dropout(rate: float) -> nn.Module:
+    """Variational dropout of whole channels: a mask (B, C, 1, 1), the same in all evaluations of a solve.
+
+    Raises:
+        TypeError: If the rate is not a number.
+        ValueError: If it is not a probability.
+    """
+    return deqkit.nn.VariationalDropout(rate, shared_dims=(2, 3))
 
 
 class ResidualBlock(nn.Module):
     """Residual block of one level (RBL): conv3x3-GN-ReLU-conv3x3-GN, identity shortcut, ReLU.
 
     The basic block of ResNet with group normalisation (arXiv 2012.13563, section 3.2.2). No statistics are
-    kept and nothing is random, so the same input always gives the same output: a fixed point needs that.
+    kept and nothing is random within a solve, so the same input always gives the same output: a fixed point needs that.
 
     Args:
         channels: Width C of input and output. See `group_count` for the number of groups.
+        dropout: Rate of variational dropout, of channels after the second convolution (as in MDEQ).
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, dropout: float = 0.0):
         super().__init__()
-        groups = group_count(channels)
         # GroupNorm has its own shift: a bias before it would have no effect.
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(groups, channels)
+        self.norm1 = GroupNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(groups, channels)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.dropout = channel_dropout(dropout)
+        self.norm2 = GroupNorm(channels)
+        for module in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the block.
 
         Args:
-            x: Map of shape (B, C, H, W).
+            x: Map of shape (B, C, H, W), zero in the padding.
+            mask: Where the image is, (B, 1, H, W); None if nothing is padded.
 
         Returns:
-            Map of the same shape.
+            Map of the same shape, zero in the padding.
         """
-        out = F.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
+        out = F.relu(self.norm1(self.conv1(x), mask))
+        out = self.norm2(self.dropout(self.conv2(out)), mask)
         return F.relu(out + x)
 
 
-class PyramidConv(nn.Module):
-    """Pyramid convolution, the cross-scale connection (c) of the paper (Fig. 4c and Eq. 8).
-
-    Every level hears from itself and its two neighbours:
-
-        O_i = same(R_i) + resize(up(R_{i+1})) + down(R_{i-1})
-
-    `same` and `up` are 3x3 convolutions with padding 1, `down` is a 3x3 convolution with stride 2 and padding
-    1. `up` convolves at the coarse size and is then resized bilinearly to the size of level i. The output of
-    `down` already has the size of level i for pyramids that halve (rounding up); any other size is reached
-    bilinearly too. The paper describes `same` and `up` only; `down` and the sharing over levels follow SEPC
-    (arXiv 2005.03101), on which this connection is based.
-
-    Weights are drawn from N(0, 0.01), biases are 0. This small scale is what makes the iteration contract at
-    the start of training; Kaiming's would not.
-
-    Args:
-        channels: Width C of every level.
-        num_levels: Number of levels L. For L = 1 only `same` exists, so that no parameter goes unused.
-        share: True: one `same`, one `up` and one `down` for all levels, as in SEPC. False: each pair of
-            levels has its own.
+def one_of(name: str, value: Any, accepted: Sequence[Any]) -> None:
+    """Refuse a setting that is none of the accepted values.
 
     Raises:
-        ValueError: If `num_levels` is less than 1.
+        ValueError: Naming them.
     """
-
-    def __init__(self, channels: int, num_levels: int, *, share: bool = True):
-        super().__init__()
-        if num_levels < 1:
-            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
-        self.num_levels = num_levels
-        num_pairs = num_levels - 1
-        self.same = self._convs(channels, 1 if share else num_levels, stride=1)
-        self.up = self._convs(channels, min(num_pairs, 1) if share else num_pairs, stride=1)
-        self.down = self._convs(channels, min(num_pairs, 1) if share else num_pairs, stride=2)
-
-    @staticmethod
-    def _convs(channels: int, count: int, stride: int) -> nn.ModuleList:
-        convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=stride, padding=1) for _ in range(count))
-        for conv in convs:
-            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-        return convs
-
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Mix the levels.
-
-        Args:
-            levels: L maps of shapes (B, C, H_j, W_j), finest first. The sizes are free.
-
-        Returns:
-            L maps of the same shapes.
-        """
-        last = self.num_levels - 1
-        out = []
-        for i, x in enumerate(levels):
-            total = _pick(self.same, i)(x)
-            if i < last:
-                total = total + resize(_pick(self.up, i)(levels[i + 1]), x.shape[-2:])
-            if i > 0:
-                total = total + resize(_pick(self.down, i - 1)(levels[i - 1]), x.shape[-2:])
-            out.append(total)
-        return out
-
-
-def _pick(modules: nn.ModuleList, index: int) -> nn.Module:
-    """The module of a level, or the only one where it is shared."""
-    return modules[index] if len(modules) > 1 else modules[0]
-
-
-class CrossScaleFactory(Protocol):
-    """What builds a cross-scale connection: a module that maps L level maps to L maps of the same shapes."""
-
-    def __call__(self, channels: int, num_levels: int, *, share: bool) -> nn.Module:
-        """Build the connection of `num_levels` levels, with weights shared over levels or not."""
-        ...
-
-
-CROSS_SCALE_CONNECTIONS: Mapping[str, CrossScaleFactory] = {"pyramid": PyramidConv}
-"""The cross-scale connections that can be asked for by name."""
-
-
-class NonlinearTransform(nn.Module):
-    """The nonlinear transformation G: a residual block on every level, then a cross-scale connection (Eq. 8).
-
-    Args:
-        channels: Width C of every level.
-        num_levels: Number of levels L.
-        cross_scale: Name of a cross-scale connection (see `CROSS_SCALE_CONNECTIONS`) or a factory
-            `(channels, num_levels, *, share) -> nn.Module`.
-        share_rbl: Use one residual block for all levels instead of one per level.
-        share_csc: Share the weights of the cross-scale connection over levels.
-
-    Raises:
-        ValueError: If `cross_scale` is a name that is not known.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        num_levels: int,
-        *,
-        cross_scale: str | CrossScaleFactory = "pyramid",
-        share_rbl: bool = False,
-        share_csc: bool = True,
-    ):
-        super().__init__()
-        factory = _cross_scale_factory(cross_scale)
-        self.num_levels = num_levels
-        num_blocks = 1 if share_rbl else num_levels
-        self.residual_blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(num_blocks))
-        self.cross_scale = factory(channels, num_levels, share=share_csc)
-
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Compute G(Z).
-
-        Args:
-            levels: Z, L maps of shapes (B, C, H_j, W_j), finest first.
-
-        Returns:
-            L maps of the same shapes.
-
-        Raises:
-            ValueError: If the number of maps is not L.
-        """
-        if len(levels) != self.num_levels:
-            raise ValueError(f"G was built for {self.num_levels} levels, got {len(levels)}")
-        refined = [_pick(self.residual_blocks, j)(z) for j, z in enumerate(levels)]
-        return self.cross_scale(refined)
-
-
-def _cross_scale_factory(cross_scale: str | CrossScaleFactory) -> Callable[..., nn.Module]:
-    if not isinstance(cross_scale, str):
-        if not callable(cross_scale):
-            raise ValueError(f"cross_scale must be a name or a factory, got {cross_scale!r}")
-        return cross_scale
-    if cross_scale not in CROSS_SCALE_CONNECTIONS:
-        known = ", ".join(repr(name) for name in CROSS_SCALE_CONNECTIONS)
-        raise ValueError(f"unknown cross_scale {cross_scale!r}; known names: {known}, or pass a factory")
-    return CROSS_SCALE_CONNECTIONS[cross_scale]
+    if value not in accepted:
+        raise ValueError(f"unknown {name} {value!r}; accepted: {', '.join(map(repr, accepted))}")
