@@ -28,13 +28,13 @@ from deqkit.state import without_autocast
 class _Source:
     """The tensors that a weight was computed from, as they were."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors, self.versions = list(tensors), _versions(tensors)
+    def __init__(self, tensors: Sequence[Tensor], with_grad: bool) -> None:
+        self.tensors, self.states, self.with_grad = list(tensors), _states(tensors), with_grad
 
     def is_still(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, and have not been written to."""
+        """Whether these are the same tensors, and have been neither written to nor moved."""
         same = len(tensors) == len(self.tensors) and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
-        return same and _versions(tensors) == self.versions
+        return same and _states(tensors) == self.states
 
 
 @dataclass(slots=True)
@@ -111,6 +111,17 @@ def opened() -> Scope:
     return around
 
 
+def mask(key: Hashable, draw: Callable[[], Tensor]) -> Tensor:
+    """The mask that is told apart by ``key``, drawn once per scope. Called within one only."""
+    scope = _local.scope
+    assert scope is not None
+    found = scope.masks.get(key)
+    if found is None:
+        with _recordable():
+            found = scope.masks[key] = draw()
+    return found
+
+
 def weight(key: Hashable, source: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
     """The weight that ``key`` computes from ``source``, computed once per scope.
 
@@ -120,16 +131,23 @@ def weight(key: Hashable, source: Sequence[Tensor], compute: Callable[[], Tensor
     if scope is None or scope.weights is None or scope.is_checkpointed:
         return compute()
     found = scope.weights.get(key)
-    if found is not None and found[1].is_still(source):
+    if found is not None and found[1].is_still(source) and (found[1].with_grad or not torch.is_grad_enabled()):
         return found[0]
     with_grad = scope.with_grad or torch.is_grad_enabled()
     if torch.compiler.is_compiling() and with_grad and not torch.is_grad_enabled():
         return compute()  # a graph compiled without gradients would hand out a weight without
     # A cast that autocast has cached without gradients would be used again.
-    with torch.set_grad_enabled(with_grad), without_autocast(source[0].device), _unpacked():
+    with _recordable(source), torch.set_grad_enabled(with_grad), without_autocast(source[0].device), _unpacked():
         value = compute()
-    scope.weights[key] = (value, _Source(source))
+    scope.weights[key] = (value, _Source(source, with_grad))
     return value
+
+
+def _recordable(source: Sequence[Tensor] = ()) -> contextlib.AbstractContextManager[Any]:
+    """What is made here may be used with gradients later on, though it is inference mode now."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or any(t.is_inference() for t in source):
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 def _unpacked() -> contextlib.AbstractContextManager[None]:
@@ -148,7 +166,7 @@ def checkpoint_hook() -> Any:
     return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, torch.dtype, torch.device]]:
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         return []
-    return [t._version for t in tensors]
+    return [(t._version, t.dtype, t.device) for t in tensors]  # a move of a module's counts as no change by itself

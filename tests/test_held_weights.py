@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import io
 import pickle
@@ -275,6 +276,55 @@ def test_hold() -> None:
     assert cell.linear.weight is not cell.linear.weight and counting.count == 2
 
 
+class LowRank(nn.Module):
+    """A parametrisation with parameters of its own, beside a frozen weight."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(0.1 * torch.randn(n, 1, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(1, n, dtype=torch.float64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b
+
+
+def test_a_change_of_what_makes_the_weight_is_noticed() -> None:
+    def wrap(linear: nn.Module) -> nn.Module:
+        linear.weight.requires_grad_(False).mul_(0.3)  # pyright: ignore
+        parametrize.register_parametrization(linear, "weight", LowRank(3))
+        return linear
+
+    layer, (x0, inputs) = deqkit.nn.FixedPoint(Cell(wrap), **TIGHT), batch()
+    with deqkit.nn.hold():
+        before = layer(x0, inputs)
+        with torch.no_grad():
+            layer.module.linear.parametrizations["weight"][0].a.mul_(-1)  # pyright: ignore
+        after = layer(x0, inputs)
+        layer.float()  # which moves parameters without counting as a change of them
+        layer.rtol = 1e-6
+        moved = layer(x0.float(), inputs.float())
+        layer.double()
+    layer.rtol = TIGHT["rtol"]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, layer(x0, inputs))
+    torch.testing.assert_close(moved.double(), after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_weight_first_used_without_gradients_has_them_where_they_are_wanted(mode: Any, outside: bool) -> None:
+    cell, (x0, inputs) = Cell(WRAPS["spectral_norm"]), batch()
+    layer = deqkit.nn.FixedPoint(cell, **TIGHT)
+    expected = gradients(layer(x0, inputs), cell)
+    direct = gradients(cell(x0, inputs), cell)
+    with mode() if outside else contextlib.nullcontext(), deqkit.nn.hold():
+        with contextlib.nullcontext() if outside else mode():
+            layer(x0, inputs)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = gradients(layer(x0, inputs), cell, retain_graph=True), gradients(cell(x0, inputs), cell)
+    torch.testing.assert_close(found, (expected, direct))
+
+
 def test_threads_share_a_layer() -> None:
     layer = deqkit.nn.FixedPoint(Cell(WRAPS["spectral_norm"]), **TIGHT)
 
@@ -372,6 +422,22 @@ def test_copies_pickles_and_state_dicts(wrap: str) -> None:
     last = others[-1].module.linear
     parametrize.remove_parametrizations(last, "weight")
     assert type(last) is nn.Linear and isinstance(last.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "both"])
+def test_a_copy_can_be_changed_apart_from_the_original(wrap: str, copied: Any) -> None:
+    linear = WRAPS[wrap](nn.Linear(3, 3))
+    x, expected = torch.ones(1, 3), linear.weight.detach()
+    other = copied(linear)
+    if copied is not copy.copy:  # which shares everything within
+        deqkit.nn.weight_norm(other, name="bias", dim=None)
+        parametrize.remove_parametrizations(other, "bias")
+        parametrize.remove_parametrizations(other, "weight")
+        assert type(other) is nn.Linear
+    for one in (linear, other, copied(linear)):
+        torch.testing.assert_close(one.weight, expected)
+        assert one(x).shape == (1, 3)
 
 
 def test_dtype_and_device_moves() -> None:

@@ -328,6 +328,17 @@ def test_the_masks_of_a_solve_can_be_held_afterwards() -> None:
         pass
 
 
+def test_masks_drawn_in_inference_mode_serve_with_gradients() -> None:
+    torch.manual_seed(0)
+    f = nn.Sequential(nn.Linear(4, 4), deqkit.nn.VariationalDropout(0.4), nn.Tanh())
+    nn.init.orthogonal_(f[0].weight, 0.4)  # pyright: ignore
+    with torch.inference_mode():
+        sol = deqkit.solve(f, torch.zeros(2, 4))
+    with deqkit.nn.hold(solution=sol):
+        f(sol.value.clone()).sum().backward()
+    assert f[0].weight.grad is not None and bool(f[0].weight.grad.abs().sum() > 0)  # pyright: ignore
+
+
 def test_the_doctor_examines_f_under_one_mask() -> None:
     cell, (x0, inputs) = Cell(), batch()
     found = deqkit.diagnose(cell, x0, args=(inputs,))

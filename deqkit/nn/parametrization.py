@@ -25,7 +25,8 @@ class HeldParametrizationList(ParametrizationList):
 
     def forward(self) -> Tensor:
         """The value of the tensor."""
-        source = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        # A parametrisation may have parameters of its own, which make the weight as much as the original one does.
+        source = [*self.parameters(), *(b for b in self._buffers.values() if b is not None)]
         return held.weight(self, source, super().forward)
 
 
@@ -34,7 +35,7 @@ def register(module: nn.Module, name: str, parametrization: nn.Module) -> nn.Mod
     # unsafe: what would be checked are shape and dtype of a parametrisation that keeps both.
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     hold_parametrizations(module)
-    _make_picklable(module)
+    _make_copyable(module)
     return module
 
 
@@ -63,10 +64,10 @@ def hold(*modules: nn.Module, solution: Solution | None = None) -> Iterator[None
         ...     penalty = deqkit.jacobian_penalty(layer.module, x, (inputs,))
 
     Each weight is computed at its first use within the block, each mask drawn at its first use. Weights carry gradients
-    if these are enabled where the block starts (or where a solve starts within it). The losses of several solves in one
-    block share the graph of the weights: add them up and call backward() once. A change of the parameters (an optimiser
-    step, `load_state_dict`) is noticed; one of the masks is made by leaving the block. Blocks may be nested, the inner
-    ones then change nothing. Other threads are not affected.
+    if these are enabled where the block starts, or where a weight is used. The losses of several solves in one block
+    share the graph of the weights: add them up and call backward() once. A change of the parameters (a step of the
+    optimiser, `load_state_dict`, a move) is noticed; one of the masks is made by leaving the block. Blocks may be
+    nested, the inner ones then change nothing. Other threads are not affected.
 
     Args:
         *modules: modules whose parametrisations stem from elsewhere than `deqkit.nn`, such as
@@ -104,9 +105,16 @@ def hold_in_checkpoint() -> tuple[AbstractContextManager[None], AbstractContextM
     return held.Entered(scope), held.Entered(scope)
 
 
-def _make_picklable(module: nn.Module) -> None:
-    """Give the class that `parametrize` has made for ``module`` alone a way through pickle, which it has not."""
-    type(module).__reduce_ex__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
+def _make_copyable(module: nn.Module) -> None:
+    """Give the class that `parametrize` has made for ``module`` alone a way through pickle and copy.
+
+    By itself it refuses to be pickled, and a deep copy shares the class: to take the parametrisations off one of both
+    would take the weight away from the other.
+    """
+    made: Any = type(module)
+    made.__reduce_ex__ = _reduce
+    if "__deepcopy__" in vars(made):  # which is that of `parametrize`, and goes before __reduce_ex__
+        del made.__deepcopy__
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -121,5 +129,5 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     for name in names:
         module.register_parameter(name, nn.Parameter(torch.empty(0)))
         parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
-    _make_picklable(module)
+    _make_copyable(module)
     return module

@@ -89,12 +89,12 @@ class VariationalDropout(nn.Module):
                 "checkpoint the solve as a whole."
             )
         shape = self._mask_shape(x.shape)
-        key = (self, shape, x.device)
-        mask = scope.masks.get(key)
-        if mask is None:
+
+        def draw() -> Tensor:
             kept = torch.empty(shape, dtype=x.real.dtype, device=x.device).bernoulli_(1 - self.p)
-            mask = scope.masks[key] = kept / (1 - self.p) if self.p < 1 else kept
-        return mask
+            return kept / (1 - self.p) if self.p < 1 else kept
+
+        return held.mask((self, shape, x.device), draw)
 
     def _mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         out = list(shape)
