@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import deqkit
 from deqkit.nn.contractive import ACTIVATIONS
@@ -232,6 +233,13 @@ def test_training_with_the_layer() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0] and repr(block).startswith("ContractiveConv2d(\n  bound=0.9, activation='tanh'")
+
+
+def test_a_block_without_its_cap_is_bounded_by_nothing() -> None:
+    block = deqkit.nn.ContractiveLinear(4, 0.7)
+    assert block.bound == 0.7
+    parametrize.remove_parametrizations(block.layer, "weight")
+    assert block.bound == float("inf") and "bound=inf" in repr(block)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,15 @@ def test_warm_start() -> None:
     assert torch.equal(layer.last_solution.num_steps, cold[:2])
 
 
+def test_warm_start_of_a_fixed_number_of_steps() -> None:
+    layer = deqkit.nn.FixedPoint(
+        _Scaled(torch.tensor(0.5)), solver="fixed_point", warm_start=True, rtol=0.0, max_steps=4
+    )
+    x0 = torch.zeros(2, 3)
+    first, second = (layer(x0) for _ in range(2))  # the way to 4 is halved by every step
+    assert torch.equal(first, x0 + 4 - 4 / 2**4) and torch.equal(second, x0 + 4 - 4 / 2**8)
+
+
 def test_warm_start_leaves_out_what_did_not_converge() -> None:
     gain = torch.tensor([[0.5], [-3.0]])
     layer = deqkit.nn.FixedPoint(

@@ -272,6 +272,10 @@ def test_ids_must_fit() -> None:
         cache.start([0, 1], torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"ids of the batch shape \(1,\) do not fit"):
         cache.store(torch.tensor([5]), solution(rows(1, 2)))
+    flat, nested = (deqkit.solve(lambda x: 0.5 * x + 1, torch.zeros(3, 2, 4), batch_dims=d) for d in (0, 2))
+    for sol, shape in ((flat, r"\(\)"), (nested, r"\(3, 2\)")):
+        with pytest.raises(ValueError, match=rf"ids of the batch shape \(3,\) do not fit a solve of {shape}"):
+            cache.store([0, 1, 2], sol)
     with pytest.raises(TypeError, match="solution must be a deqkit.Solution, got Tensor"):
         cache.store([0], rows(1))  # pyright: ignore[reportArgumentType]
 

@@ -7,12 +7,14 @@ with larger weights see `deqkit.nn.monotone`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from deqkit.nn.norm_caps import spectral_norm
 
@@ -49,8 +51,8 @@ class _Contractive(nn.Module):
 
     @property
     def bound(self) -> float:
-        """The factor by which the block contracts."""
-        return self.layer.parametrizations["weight"][0].cap  # pyright: ignore
+        """The factor by which the block contracts; infinite once the parametrisation of its weight was removed."""
+        return self.layer.parametrizations["weight"][0].cap if is_parametrized(self.layer, "weight") else math.inf  # pyright: ignore
 
     def forward(self, x: Tensor, inputs: Tensor | float = 0.0) -> Tensor:
         """One evaluation of f.

@@ -14,6 +14,7 @@ from deqkit.adjoints import Adjoint
 from deqkit.api import solve
 from deqkit.nn.module_check import check_module, describe
 from deqkit.nn.parametrization import hold_parametrizations
+from deqkit.nn.warm_start import trustworthy
 from deqkit.solution import Solution
 from deqkit.solvers import Solver
 
@@ -39,7 +40,7 @@ class FixedPoint(nn.Module):
         has_aux: whether the module returns a pair ``(f(x), aux)``.
         warm_start: start from the fixed points of the last call, for data that change little from call to call (the
             frames of a video, the same batch again). Where shapes, dtype or device have changed, and for samples that
-            did not converge, x0 is used. `reset` forgets them.
+            did not converge (or, in a fixed number of steps, did not stay finite), x0 is used. `reset` forgets them.
         check: whether to look once, at the first call in training mode, for modules inside that leave f without a fixed
             point, such as BatchNorm and dropout, and to warn of them: see `check_module`.
 
@@ -159,7 +160,7 @@ class FixedPoint(nn.Module):
         last, last_spec = tree_flatten(self._last_solution.value)
         if spec != last_spec or not all(_alike(a, b) for a, b in zip(given, last, strict=True)):
             return x0
-        good = self._last_solution.converged
+        good = trustworthy(self._last_solution)
         mask = [good.reshape(good.shape + (1,) * (leaf.dim() - good.dim())) for leaf in given]
         leaves = [torch.where(m, b, a) for m, a, b in zip(mask, given, last, strict=True)]
         return tree_unflatten(leaves, spec)

@@ -156,8 +156,9 @@ class FixedPointCache:
             raise TypeError(f"solution must be a deqkit.Solution, got {type(solution).__name__}")
         keys, batch = _keys(ids)
         leaves, spec = tree_flatten(solution.value)
-        _check_batch(batch, leaves)
-        good = _trustworthy(solution).reshape(-1)
+        if batch != tuple(solution.status.shape):
+            raise ValueError(f"ids of the batch shape {batch} do not fit a solve of {tuple(solution.status.shape)}")
+        good = trustworthy(solution).reshape(-1)
         points: list[Tensor] = []
         for leaf in leaves:
             point = self._as_kept(leaf.detach().reshape(len(keys), *leaf.shape[len(batch) :]))
@@ -270,7 +271,7 @@ class LearnedStart(nn.Module):
         points, other_spec = tree_flatten(solution.value)
         if spec != other_spec or [a.shape for a in starts] != [b.shape for b in points]:
             raise ValueError("x0 must have the structure and the shapes of the solution's value")
-        good, batch_dims = _trustworthy(solution), solution.status.dim()
+        good, batch_dims = trustworthy(solution), solution.status.dim()
         distance = size = torch.zeros((), device=good.device)
         for a, b in zip(starts, points, strict=True):
             a, b = _reals(a), _reals(b.detach())
@@ -282,7 +283,7 @@ class LearnedStart(nn.Module):
         return distance / size.clamp(min=torch.finfo(size.dtype).eps)
 
 
-def _trustworthy(solution: Solution) -> Tensor:
+def trustworthy(solution: Solution) -> Tensor:
     """Which samples' points are what was asked for, bool, batch."""
     if solution.rtol or solution.atol:
         return solution.converged
