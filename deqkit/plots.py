@@ -280,7 +280,8 @@ def _rows(source: Any) -> list[Mapping[str, Any]]:
     """One mapping per flush: "step", and figures by "layer/figure"."""
     if isinstance(source, str | os.PathLike):
         with open(source, newline="") as file:
-            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            lines = [line for line in file if line.endswith("\n")]  # the last one may still be on its way
+        return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(lines)]
     return list(getattr(source, "history", source))
 
 

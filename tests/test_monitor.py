@@ -576,6 +576,37 @@ def test_samples_without_a_radius_do_not_spoil_the_others() -> None:
     assert figures["solve/failed"] == 1 and "solve/spectral_radius_max" not in figures
 
 
+class Stochastic(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x + torch.rand_like(x)
+
+
+class NumPy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(0.5 * x.numpy() + 1)
+
+
+def test_a_radius_leaves_the_generators_alone() -> None:
+    layer, drawn = deqkit.nn.FixedPoint(Stochastic(), on_failure="ignore", max_steps=3), []
+    for every in (None, 1):
+        monitor = deqkit.Monitor(layer, radius_every=every)
+        torch.manual_seed(0)
+        layer(torch.zeros(2, 3))
+        drawn.append(torch.rand(()))
+        assert ("solve/spectral_radius_max" in monitor.compute()) == (every is not None)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_radius_that_cannot_be_had_does_not_stop_the_training() -> None:
+    layer = deqkit.nn.FixedPoint(NumPy())
+    monitor = deqkit.Monitor(layer, radius_every=1)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"solve: no spectral radius: RuntimeError: .*numpy\(\)"):
+        layer(torch.zeros(2, 3))
+    with torch.no_grad():
+        layer(torch.zeros(2, 3))  # without a second warning
+    assert monitor.compute()["solve/solves"] == 2 and "solve/spectral_radius_max" not in monitor.compute()
+
+
 def test_inner_solves_for_a_radius_do_not_count() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -627,6 +658,24 @@ def test_csv(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in read(path)] == [2, 4, 6, 8] and list(read(path)[0]) == list(rows[0])
     deqkit.plots.history(path)
     assert [p.name for p in path.parent.iterdir()] == ["solver.csv"]
+
+
+def test_csv_that_was_cut_short(tmp_path: Path) -> None:
+    layer, path = deqkit.nn.FixedPoint(Cell()), tmp_path / "solver.csv"
+    with deqkit.Monitor(layer, logger=path, every=1) as monitor:
+        train(layer, monitor, 2)
+    whole = path.read_bytes()
+    for cut in (1, 24, len(whole) // 3, len(whole) - 40):  # down to the middle of the header
+        path.write_bytes(whole[:-cut])
+        complete = max(0, whole[:-cut].count(b"\n") - 1)
+        if complete:
+            deqkit.plots.history(path)
+        with deqkit.Monitor(layer, logger=path, every=1) as monitor:
+            train(layer, monitor, 2, first=7)
+            monitor.record(scaled([0.5]), "other")  # for which the file is written anew
+        steps = [1, 2][:complete] + [7, 8]
+        assert [int(row["step"]) for row in read(path)][: len(steps)] == steps
+        assert all(float(row["solve/solves"] or 1) == 1 for row in read(path))
 
 
 def test_tensorboard_and_lightning(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class CSVFile:
     """A CSV file with a line per step and a column per figure.
 
     Figures that were not measured at a step are empty. A figure that is new gets a column of its own, for which the
-    file is written anew. A file that exists is continued, as a resumed training wants it.
+    file is written anew. A file that exists is continued, as a resumed training wants it, without a last line that was
+    cut short when the one before was killed.
 
     Args:
         path: the file; its folder is made.
@@ -91,12 +92,14 @@ class CSVFile:
     def _columns_of_file(self) -> list[str]:
         if not self.path.exists():
             return []
+        with self.path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
         with self.path.open(newline="") as file:
             return next(csv.reader(file), [])
 
     def _read(self) -> list[dict[str, Any]]:
         with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            return [{key: row[key] for key in row if key} for row in csv.DictReader(file)]
 
     def _write(self, path: Path, mode: str, rows: list[dict[str, Any]] | list[Mapping[str, Any]]) -> None:
         assert self._columns is not None

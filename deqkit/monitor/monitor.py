@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ class Monitor:
         radius_every: measure the spectral radius of df/dx at the fixed point of every so many-th solve of a layer, to
             about 1 %, see `deqkit.spectral_radius`; None for never. Unlike everything else that costs calls of f (one,
             and up to 100 vector-Jacobian products) and makes the host wait. Only for `FixedPoint` layers, and not in
-            inference mode.
+            inference mode; a layer that cannot be differentiated is warned of and left out from then on.
 
     Attributes:
         history: what was flushed: one dict per flush, with "step" and the figures by "<layer>/<figure>". See
@@ -102,6 +103,7 @@ class Monitor:
         self._last_step: int | None = None
         self._lock = threading.RLock()
         self._measuring: set[int] = set()  # threads that measure a spectral radius
+        self._without_radius: set[str] = set()  # records for which that has failed
         self._latest: dict[str, weakref.ref[Solution]] = {}
         self._holds_back: weakref.finalize[..., Monitor] | None = None
         self._modules = {} if model is None else find_layers(model)
@@ -197,26 +199,34 @@ class Monitor:
         self._latest[name] = weakref.ref(solution)
         name = name if module.training else f"{name}.eval"
         self.record(solution, name)
-        record = self._records.get(name)
+        record, device = self._records.get(name), solution.status.device
         if self.radius_every is None or record is None or (record.num_solves - 1) % self.radius_every:
             return
+        if name in self._without_radius or torch.is_inference_mode_enabled() or is_capturing(device):
+            return
         # A layer with a forward of its own may call f with other arguments than it was given.
-        if isinstance(module, FixedPoint) and type(module).forward is FixedPoint.forward:
-            if not torch.is_inference_mode_enabled():
-                self._measure_radius(record, module, args[1:], solution)
+        if not isinstance(module, FixedPoint) or type(module).forward is not FixedPoint.forward:
+            return
+        try:
+            with _generators_kept(device):
+                radius = self._measure_radius(module, args[1:], solution)
+        except Exception as error:  # the training can do without
+            self._without_radius.add(name)
+            warnings.warn(f"{name}: no spectral radius: {type(error).__name__}: {error}", UserWarning, stacklevel=2)
+            return
+        with self._lock:
+            record.add_radius(radius)
 
-    def _measure_radius(self, record: Record, layer: FixedPoint, args: Any, solution: Solution) -> None:
+    def _measure_radius(self, layer: FixedPoint, args: Any, solution: Solution) -> torch.Tensor:
         f = (lambda x, *rest: layer.module(x, *rest)[0]) if layer.has_aux else layer.module
         self._measuring.add(threading.get_ident())
         try:
             with hold(solution=solution):
-                radius = spectral_radius(
+                return spectral_radius(
                     f, solution.value, args, batch_dims=layer.batch_dims, rtol=1e-2, max_products=100, return_error=True
-                )
+                ).value
         finally:
             self._measuring.discard(threading.get_ident())
-        with self._lock:
-            record.add_radius(radius.value)
 
     def _hold_back(self) -> None:
         """Take over the warnings of the layers."""
@@ -272,6 +282,12 @@ class Monitor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+
+def _generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Leaves the generators that f may draw from as they were: the training is to draw the same numbers after it."""
+    accelerators = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda")
 
 
 def _warn(records: dict[str, Record], final: bool, stacklevel: int) -> None:
