@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deqkit.diagnosis.records import AdjointTrial, Diagnosis, SolverTrial
+from deqkit.diagnosis.records import AdjointTrial, Diagnosis, SolverTrial, ranked
 from deqkit.diagnosis.remedies import remedy
 from deqkit.plots import fitted_rates
 from deqkit.solution import Status
@@ -24,6 +24,8 @@ _SINGULAR = 0.05  # distance of an eigenvalue from 1
 _APART = 0.05  # relative distance between two points that are not the same fixed point
 _WASTEFUL, _FEW = 1.3, 3  # times the calls of the best solver, and that many more besides
 _FALLS = 0.999  # factor per step, below which a residual still falls
+_MARGIN = 1.5  # times the steps that a rate makes one expect
+_FINEST = 10  # units of the resolution, below which a residual cannot be told from rounding
 _PATIENT = 20  # times max_steps, up to which more steps are recommended
 _MOST = 0.5  # of the samples, that must converge besides for a change to have helped
 _WRONG = 0.1  # relative error of a gradient that should be exact
@@ -90,15 +92,18 @@ def solvers_that_fail(d: Diagnosis) -> Iterator[str]:
         return
     if any(check.name in ("finite", "deterministic", "independent samples") for check in d.failed):
         return  # which is the cause, and has been named
-    best = max(ended, key=lambda t: t.num_converged)
+    best = ranked(ended)[0]
     share = f"{best.num_converged} of {d.num_samples} samples" if best.num_converged else "no sample"
     head = f"no solver converges on all samples in {d.max_steps} steps; {best.name} gets furthest, on {share}"
     settled = d.spectrum.settled if d.spectrum is not None else None
-    low, needed = _smallest_residual(ended), _steps_needed(d, ended)
-    if settled is not None and bool(settled.all()):
+    low, needed = min(t.left[0] for t in ended), _steps_needed(d, ended)
+    if d.rtol < _FINEST * d.resolution and low < _FINEST * d.resolution:
+        yield f"{head}. The residual gets down to {low:.1e}, about as far as this dtype goes: loosen rtol"
+    elif settled is not None and bool(settled.all()):
         yield f"{head}. All settle when it goes on: raise max_steps to {2 * d.max_steps}"
     elif needed is not None:
-        yield f"{head}. The residuals still fall: raise max_steps to about {needed}, or make f contract"
+        name, steps = needed
+        yield f"{head}. The residuals of {name} still fall: raise max_steps to about {steps}, or make f contract"
     elif all(_has(t, Status.NONFINITE) for t in ended):
         yield f"{head}. f leaves the finite numbers on the way: bound it (tanh, a norm cap), or try damping"
     elif low < 10 * d.rtol:
@@ -139,9 +144,13 @@ def plain_iteration(d: Diagnosis) -> Iterator[str]:
         yield f"spectral radius {worst:.2f}{which}{count}: plain iteration is driven away from there. {_way_out(d)}"
     else:
         steps = max(1, math.ceil(math.log(d.rtol or 1e-4) / math.log(max(worst, 1e-6))))
+        astray = _plain_iteration_astray(d)
+        if astray:
+            yield f"spectral radius {worst:.2g}{which}: f contracts there, but plain iteration from x0 ends as {astray}"
+            return
         how = "contracts, but slowly" if worst > _SLOW else "contracts"
         needs = f"plain iteration needs about {_count(steps, 'step')} for rtol={d.rtol:g}"
-        yield f"spectral radius {worst:.2g}{which}: f {how}; {needs}"
+        yield f"spectral radius {worst:.2g}{which}: near there f {how}; {needs}"
 
 
 def singular(d: Diagnosis) -> Iterator[str]:
@@ -235,6 +244,17 @@ RULES: tuple[Callable[[Diagnosis], Iterator[str]], ...] = (
 )
 
 
+def _plain_iteration_astray(d: Diagnosis) -> str:
+    """How plain iteration ended on samples that have a fixed point, where neither steps nor precision were short."""
+    trial = next((t for t in d.solvers if t.name == "fixed_point"), None)
+    settled = d.spectrum.settled if d.spectrum is not None else None
+    if trial is None or trial.status is None or settled is None or d.rtol < _FINEST * d.resolution:
+        return ""
+    status = trial.status.reshape(-1)[settled.expand(trial.status.shape).reshape(-1)]
+    seen = (Status.STAGNATED, Status.DIVERGED, Status.NONFINITE)
+    return ", ".join(code.name for code in seen if bool((status == code).any()))
+
+
 def _way_out(d: Diagnosis) -> str:
     """What to do about a radius above 1."""
     names = [t.name for t in d.solvers if t.all_converged and t.name != "fixed_point"]
@@ -242,19 +262,22 @@ def _way_out(d: Diagnosis) -> str:
     return f"{help_}A Jacobian penalty or a norm cap on the weights would bring the radius down"
 
 
-def _steps_needed(d: Diagnosis, trials: list[SolverTrial]) -> int | None:
-    """How many steps the fastest solver would take by the rate at which its residuals fall; None if they do not."""
-    found = []
-    for t in trials:
+def _steps_needed(d: Diagnosis, trials: list[SolverTrial]) -> tuple[str, int] | None:
+    """The furthest of the solvers whose residuals still fall, and how many steps it would take at that rate.
+
+    A rate is fitted to few steps and may become worse, so that some more are granted.
+    """
+    for t in ranked(trials):
         if t.trace is None or t.relative_residual is None or _ends(t) != Status.MAX_STEPS.name:
             continue
         late = ~t.converged.reshape(-1)
         rates = fitted_rates(t.trace.reshape(len(t.trace), -1)[:, late])
         if bool((rates < _FALLS).all()):
             left = (t.relative_residual.reshape(-1)[late].double() / d.rtol).log() / -rates.log()
-            found.append(d.max_steps + math.ceil(float(left.max())))
-    best = min(found, default=None)
-    return best if best is not None and best <= _PATIENT * d.max_steps else None
+            steps = d.max_steps + math.ceil(_MARGIN * float(left.max()))
+            if steps <= _PATIENT * d.max_steps:
+                return t.name, steps
+    return None
 
 
 def _count(number: int, noun: str) -> str:
@@ -273,14 +296,6 @@ def _has(trial: SolverTrial, status: Status) -> bool:
 def _ends(trial: SolverTrial) -> str:
     """How the samples ended that did not converge."""
     return ", ".join(code.name for code in Status if code != Status.CONVERGED and _has(trial, code))
-
-
-def _smallest_residual(trials: list[SolverTrial]) -> float:
-    """The worst sample's relative residual under the solver that does best by it; infinite where not known."""
-    lows = [
-        float(t.relative_residual.nan_to_num(nan=math.inf).max()) for t in trials if t.relative_residual is not None
-    ]
-    return min(lows, default=math.inf)
 
 
 def _with_cosines(trials: list[AdjointTrial]) -> str:

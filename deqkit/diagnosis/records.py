@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +110,14 @@ class SolverTrial:
         return int(self.converged.sum())
 
     @property
+    def left(self) -> tuple[float, float]:
+        """The worst relative residual and the median one, infinite where not a number."""
+        if self.relative_residual is None or not self.relative_residual.numel():
+            return math.inf, math.inf
+        residuals = self.relative_residual.double().nan_to_num(nan=math.inf)
+        return float(residuals.max()), float(residuals.median())
+
+    @property
     def all_converged(self) -> bool:
         """Whether the solve came to its end, and every sample converged."""
         return self.status is not None and bool(self.converged.all())
@@ -192,7 +201,7 @@ class Diagnosis:
 
     @property
     def best(self) -> SolverTrial | None:
-        """The solver that converged on the most samples, in the fewest calls of f; None if none did on any."""
+        """The solver that converged on the most samples, first of `ranked`; None if none did on any."""
         return ranked(self.solvers)[0] if any(trial.num_converged for trial in self.solvers) else None
 
     def check(self, name: str) -> Check:
@@ -225,8 +234,12 @@ class Diagnosis:
 
 
 def ranked(trials: tuple[SolverTrial, ...] | list[SolverTrial]) -> list[SolverTrial]:
-    """The trials, best first: the most samples converged, then the fewest calls of f."""
-    return sorted(trials, key=lambda t: (t.status is None, -t.num_converged, t.num_fn_evals))
+    """The trials, best first: most samples converged; if not all, smallest residual left; then fewest calls of f."""
+
+    def key(t: SolverTrial) -> tuple[Any, ...]:
+        return t.status is None, -t.num_converged, (0.0, 0.0) if t.all_converged else t.left, t.num_fn_evals
+
+    return sorted(trials, key=key)
 
 
 def full_name(setting: Solver | Adjoint) -> str:
