@@ -304,6 +304,53 @@ def test_a_solver_or_an_adjoint_that_fails_is_an_entry(monkeypatch: pytest.Monke
     assert d.best is not None and d.plot() is not None
 
 
+class Restless(nn.Module):
+    """Leaves traces wherever a module can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.calls = nn.Parameter(torch.full((4,), 0.5)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.latest = x
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", torch.zeros(4))
+            self.register_parameter("late", nn.Parameter(torch.zeros(())))
+        with torch.no_grad():
+            self.gain.mul_(0.99)
+        return self.gain * x + 1
+
+
+def test_whatever_f_does_to_its_modules_is_undone() -> None:
+    f = Restless()
+    before, attributes = copy.deepcopy(f.state_dict()), set(vars(f))
+    d = few(f, torch.zeros(2, 4))
+    assert "stateless" in failures(d)
+    assert f.state_dict().keys() == before.keys() and torch.equal(f.gain, before["gain"])
+    assert f.calls == 0 and set(vars(f)) == attributes
+
+
+def test_an_inner_layer_is_left_as_it_was() -> None:
+    inner = deqkit.nn.FixedPoint(nn.Sequential(nn.Dropout(0.1)), on_failure="ignore")
+    few(lambda x: 0.5 * x + 0.1 * inner(torch.zeros_like(x)), torch.zeros(2, 4))
+    assert inner.last_solution is None
+    with pytest.warns(UserWarning, match="Dropout"):  # of which nobody has heard yet
+        inner(torch.ones(2, 4))
+
+
+def test_lazy_and_scripted_modules() -> None:
+    lazy = nn.LazyLinear(4)
+    assert verdicts(few(lambda x: 0.1 * lazy(x), torch.zeros(2, 4)))["runs"] == "passed"
+    assert lazy(torch.zeros(2, 4)).shape == (2, 4) and lazy.in_features == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its age
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    before = copy.deepcopy(scripted.state_dict())
+    few(lambda x: 0.1 * scripted(x), torch.zeros(2, 4))
+    assert all(torch.equal(value, before[key]) for key, value in scripted.state_dict().items()) and scripted.training
+
+
 def test_several_fixed_points() -> None:
     b = 1e-3 * patients.draw(3, 4, seed=0)
     d = deqkit.diagnose(lambda x: torch.tanh(3 * x) + b, b)

@@ -60,9 +60,10 @@ def diagnose(
     apart and can be differentiated; tries every solver from x0; takes the spectrum of df/dx at the fixed point that was
     found; compares the gradient of every adjoint with the exact one there; and says what follows. ``print()`` shows it.
 
-    What f raises is reported and not passed on. Everything is left as it was: random generators, buffers and modes of
-    the modules behind f, args, gradients, warnings. (Modules are found where f is one, closes over it, refers to it by
-    a global name or is given it in args.) Generators and warnings belong to the process: examine one f at a time.
+    What f raises is reported and not passed on. Everything is left as it was: random generators; parameters, buffers,
+    modes and attributes of the modules behind f (of which copies are kept meanwhile); args, gradients, warnings.
+    (Modules are found where f is one, closes over it, refers to it by a global name or is given it in args.) Generators
+    and warnings belong to the process: examine one f at a time.
 
     It calls f about 30 times for the checks, at most ``max_steps + 3`` times per solver, as often once more for the
     fixed point, and once or twice per adjoint. It takes at most ``10 * max_steps`` products with the Jacobian for each

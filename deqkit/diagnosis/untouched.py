@@ -1,4 +1,4 @@
-"""L6. A context that leaves everything as it was: generators, modules, buffers, arguments, warnings."""
+"""L6. A context that leaves everything as it was: generators, modules, what they hold, arguments, warnings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 _SEED = 0
+_TENSORS = ("_parameters", "_buffers")
 
 
 @contextlib.contextmanager
@@ -25,7 +26,8 @@ def untouched(modules: dict[str, nn.Module], args: tuple[Any, ...], device: torc
     Inside, the generators start from a fixed seed, so that two runs are the same, and warnings are silent.
 
     Args:
-        modules: their buffers and training flags are restored, those of inner modules included.
+        modules: their parameters, buffers, training flags and other attributes are restored, those of inner modules
+            included. What an attribute refers to is not copied: a list that f appends to stays longer.
         args: tensors in it get their values back.
         device: whose generator is restored, beside that of the CPU, of Python and of numpy.
     """
@@ -65,27 +67,52 @@ def seed(device: torch.device) -> None:
 
 @dataclass
 class _Module:
-    """What may change in one module when it is called."""
+    """What may change in one module when it is called.
+
+    Attributes:
+        module: the module.
+        training: its mode.
+        tensors: its parameters and buffers, by group and name; with a copy of those that have a value.
+        attributes: everything else that it has; None where that is not to be restored, as for a module that f
+            initialises (lazy ones).
+    """
 
     module: nn.Module
     training: bool
-    buffers: dict[str, tuple[Tensor, Tensor] | None]  # each and a copy of it
+    tensors: dict[str, dict[str, tuple[Tensor | None, Tensor | None]]]
+    attributes: dict[str, Any] | None
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        known = {k: b for k, b in module._buffers.items() if b is None or not is_lazy(b)}
-        buffers = {k: None if b is None else (b, b.detach().clone()) for k, b in known.items()}
-        return cls(module, module.training, buffers)
+        groups = {group: dict(getattr(module, group).items()) for group in _TENSORS}
+        has_lazy = any(is_lazy(t) for group in groups.values() for t in group.values())
+        fixed = has_lazy or isinstance(module, torch.jit.ScriptModule)
+        tensors = {group: {name: (t, _copy(t)) for name, t in held.items()} for group, held in groups.items()}
+        attributes = None if fixed else {k: v for k, v in vars(module).items() if k not in _TENSORS}
+        return cls(module, module.training, tensors, attributes)
 
     def restore(self) -> None:
         self.module.training = self.training
-        for name, kept in self.buffers.items():
-            if kept is None:
-                self.module._buffers[name] = None
-            else:
-                buffer, value = kept
-                self.module._buffers[name] = buffer
-                _write(buffer, value)
+        for group, kept in self.tensors.items():
+            present = getattr(self.module, group)
+            for name in [name for name in present.keys() if name not in kept]:  # noqa: SIM118, that of a scripted one
+                del present[name]
+            for name, (tensor, value) in kept.items():
+                if tensor is None or value is not None:
+                    present[name] = tensor
+                if tensor is not None and value is not None:
+                    _write(tensor, value)
+        if self.attributes is not None:
+            own = vars(self.module)
+            for name in [name for name in own if name not in self.attributes and name not in _TENSORS]:
+                del own[name]
+            own.update(self.attributes)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    return tensor.detach().clone()
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
