@@ -583,3 +583,10 @@ def test_bad_settings_of_the_others_are_named() -> None:
         deqkit.eigenvalues(f, x, sample=1.5)  # pyright: ignore
     with pytest.raises(ValueError, match="rtol must be positive, got 0"):
         deqkit.eigenvalues(f, x, rtol=0)
+
+
+def test_eigenvalues_of_a_large_state_that_f_does_not_look_at() -> None:
+    c = torch.ones(2, 100)
+    for f in (lambda x: c + 0 * x, lambda x: c):
+        values = deqkit.eigenvalues(f, torch.zeros(2, 100), num=3)
+        assert values.dtype == torch.complex128 and values.tolist() == [0, 0, 0]

@@ -94,8 +94,11 @@ def _arpack(jacobian: Jacobian, row: int, num: int, rtol: float, start: Tensor, 
             f"deqkit.eigenvalues needs scipy for samples of more than {_DENSE} numbers: "
             f"pip install 'deqkit[diagnostics]'"
         ) from error
-    if not bool(torch.isfinite(_product(jacobian, row, start)).all()):  # which ARPACK would not survive
+    first = _product(jacobian, row, start)
+    if not bool(torch.isfinite(first).all()):  # which ARPACK would not survive, as it would not a Jacobian of zeros
         return _unknown(num)
+    if not bool(first.any()):
+        return torch.zeros(num, dtype=torch.complex128)
     size = start.numel()
     operator: Any = LinearOperator(
         (size, size),
