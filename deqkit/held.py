@@ -21,8 +21,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deqkit.state import without_autocast
+
+
+class _Optimizers:
+    """Counts the steps of all optimisers, of which fused ones leave no trace on the parameters that they write to."""
+
+    def __init__(self) -> None:
+        self.num_steps, self.watched = 0, False
+
+    def watch(self) -> None:
+        if not self.watched:
+            self.watched = True
+            register_optimizer_step_post_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.num_steps += 1
+
+
+_optimizers = _Optimizers()
+
+
+def watch_optimizers() -> None:
+    """Have the steps of optimisers noticed from here on, for scopes that outlive one."""
+    _optimizers.watch()
 
 
 class _Source:
@@ -30,11 +54,12 @@ class _Source:
 
     def __init__(self, tensors: Sequence[Tensor], with_grad: bool) -> None:
         self.tensors, self.states, self.with_grad = list(tensors), _states(tensors), with_grad
+        self.num_steps = _optimizers.num_steps
 
     def is_still(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and have been neither written to nor moved."""
         same = len(tensors) == len(self.tensors) and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
-        return same and _states(tensors) == self.states
+        return same and self.num_steps == _optimizers.num_steps and _states(tensors) == self.states
 
 
 @dataclass(slots=True)

@@ -276,6 +276,19 @@ def test_hold() -> None:
     assert cell.linear.weight is not cell.linear.weight and counting.count == 2
 
 
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_the_steps_of_optimisers_are_noticed(settings: dict[str, bool]) -> None:
+    layer, (x0, inputs) = deqkit.nn.FixedPoint(Cell(WRAPS["spectral_norm"]), **TIGHT), batch()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, **settings)  # pyright: ignore[reportArgumentType]
+    with deqkit.nn.hold():
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x0, inputs).sum().backward()
+            optimizer.step()
+        held = layer(x0, inputs)
+    torch.testing.assert_close(held, layer(x0, inputs))
+
+
 class LowRank(nn.Module):
     """A parametrisation with parameters of its own, beside a frozen weight."""
 

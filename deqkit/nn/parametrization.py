@@ -82,6 +82,7 @@ def hold(*modules: nn.Module, solution: Solution | None = None) -> Iterator[None
         if not isinstance(module, nn.Module):
             raise TypeError(f"hold takes modules, got {type(module).__name__}")
         hold_parametrizations(module)
+    held.watch_optimizers()
     scope = held.opened()
     if solution is not None:
         if not isinstance(solution, Solution):
