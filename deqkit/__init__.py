@@ -1,7 +1,14 @@
 """Deep equilibrium layers for PyTorch: solve x* = f(x*), differentiate through it, and know how well it went."""
 
 from deqkit import nn, plots
-from deqkit.adjoints import JFB, Adjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint, UnrolledAdjoint
+from deqkit.adjoints import (
+    JFB,
+    Adjoint,
+    ImplicitAdjoint,
+    NeumannAdjoint,
+    PhantomAdjoint,
+    UnrolledAdjoint,
+)
 from deqkit.api import solve
 from deqkit.diagnosis import Diagnosis, diagnose
 from deqkit.errors import ConvergenceError, ConvergenceWarning
@@ -19,7 +26,16 @@ from deqkit.regularization import (
     spectral_norm_penalty,
 )
 from deqkit.solution import AdjointStats, Solution, Status
-from deqkit.solvers import GMRES, Anderson, Auto, Broyden, FixedPointIteration, NewtonKrylov, Solver
+from deqkit.solvers import (
+    GMRES,
+    Anderson,
+    Auto,
+    BiCGSTAB,
+    Broyden,
+    FixedPointIteration,
+    NewtonKrylov,
+    Solver,
+)
 from deqkit.spectral import Estimate, eigenvalues, frobenius_norm, spectral_norm, spectral_radius
 
 __version__ = "0.1.0"
@@ -31,6 +47,7 @@ __all__ = [
     "AdjointStats",
     "Anderson",
     "Auto",
+    "BiCGSTAB",
     "Broyden",
     "ConstantSchedule",
     "ConvergenceError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class LoopResult:
     trace: Tensor | None  # (evaluations, B)
     kept: dict[int, Blocks]  # points by step, of those asked for that were reached
     parts: Tensor | None  # relative residual of every part that the norm tells apart (K, B); None for a single one
+    record: Any = None  # the solver's, if it was asked for
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,21 @@ class Ledger:
         termination: when a sample has ended.
         trace: whether to keep the relative residual of every evaluation.
         active: which samples to solve, bool (B,); None for all.
+        may_retreat: whether a step out of the domain of f may be taken back.
     """
 
     def __init__(
-        self, x: Blocks, r: Blocks, on_host: bool, termination: Termination, trace: bool, active: Tensor | None
+        self,
+        x: Blocks,
+        r: Blocks,
+        on_host: bool,
+        termination: Termination,
+        trace: bool,
+        active: Tensor | None,
+        may_retreat: bool = True,
     ) -> None:
         self.on_host, self.termination = on_host, termination
+        self.may_retreat = may_retreat and not termination.fixed_steps
         self.best_x, self.best_r = x, r
         self.parts: tuple[Array, Array] | None = None  # residuals and scales (K, B), where there are several
         self.trace: list[Array] | None = [] if trace else None
@@ -121,6 +132,7 @@ class Ledger:
                 ended = ended | stagnated
                 far = stagnated & (self.residual > self.patience.low_limit)
                 reasons = [(Status.STAGNATED, stagnated), (Status.DIVERGED, far), *reasons]
+        if self.may_retreat:
             self._step_outside(~finite)
             ended = ended & ~self.outside
         ended = ended & self.active
@@ -144,26 +156,23 @@ class Ledger:
         if not self.on_host:
             self._keep_best(x, r)
             unseen = self.termination.fixed_steps or bool(step % check_every)
-            return Look(none_active=not unseen and not bool(self.active.any()), any_outside=self._may_retreat)
+            return Look(none_active=not unseen and not bool(self.active.any()), any_outside=self.may_retreat)
         if self.better.all():
             self.best_x, self.best_r = x, r
         elif self.better.any():
             self._keep_best(x, r)
         return Look(bool(self.active.all()), not self.active.any(), bool(self.outside.any()))
 
-    @property
-    def _may_retreat(self) -> bool:
-        return not self.termination.fixed_steps
-
     def _keep_best(self, x: Blocks, r: Blocks) -> None:
         better = self._mask(self.better)
         self.best_x = linalg.where(better, x, self.best_x)
-        if self._may_retreat:
+        if self.may_retreat:
             self.best_r = linalg.where(better, r, self.best_r)
 
     def point(self, x: Blocks, fx: Blocks, r: Blocks, steps_left: int, resolution: float) -> Point:
         """What the solver is told of the evaluation just recorded."""
-        return Point(x, fx, r, Measured(self.residual, self.distance, self.best_distance), steps_left, resolution)
+        measured = Measured(self.residual, self.distance, self.best_distance, self.was_active)
+        return Point(x, fx, r, measured, steps_left, resolution)
 
     def inside(self, point: Point) -> Point:
         """The point, with the best one in its place for samples that are outside."""
@@ -173,6 +182,7 @@ class Ledger:
             arrays.where(self.outside, self.best_residual, self.residual),
             arrays.where(self.outside, self.best_distance, self.distance),
             self.best_distance,
+            self.was_active,
         )
         return replace(
             point,

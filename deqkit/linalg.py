@@ -53,13 +53,10 @@ class History:
         if slot >= self.capacity:
             self._grow(blocks)
         self.count += 1
-        index = 0
-        while slot >= self._chunks[index][0].shape[1]:
-            slot -= self._chunks[index][0].shape[1]
-            index += 1
         if torch.is_grad_enabled():
+            index, _ = self._place(slot)
             self._chunks[index] = tuple(buffer.clone() for buffer in self._chunks[index])
-        columns = tuple(buffer[:, slot] for buffer in self._chunks[index])
+        columns = self.column(slot)
         for column, block in zip(columns, blocks, strict=True):
             if scaling is None:
                 column.copy_(block)
@@ -70,6 +67,26 @@ class History:
                 if not scaling.all_good:
                     column.masked_fill_(~scaling.good.unsqueeze(1), 0.0)
         return columns
+
+    def column(self, slot: int) -> Blocks:
+        """One of the columns, (B, d) per leaf: views, which the next push may change."""
+        index, slot = self._place(slot)
+        return tuple(buffer[:, slot] for buffer in self._chunks[index])
+
+    def columns(self) -> Blocks:
+        """All columns in use, (B, n, d) per leaf; views where they lie in one buffer."""
+        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in self._by_leaf())
+
+    def _by_leaf(self) -> list[tuple[Tensor, ...]]:
+        return list(zip(*self._filled(), strict=True))
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """In which buffer a column lies, and where there."""
+        index = 0
+        while slot >= self._chunks[index][0].shape[1]:
+            slot -= self._chunks[index][0].shape[1]
+            index += 1
+        return index, slot
 
     def _grow(self, blocks: Blocks) -> None:
         column = max(1, sum(b.numel() * b.element_size() for b in blocks))  # bytes

@@ -13,7 +13,7 @@ solver is shown the best point again instead of the one outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from deqkit import arrays
 from deqkit.ledger import Ledger, LoopResult, relative
 from deqkit.norms import StateNorm
-from deqkit.solvers.base import Solver
+from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Termination
 
@@ -58,6 +58,7 @@ def run(
     trace: bool = False,
     keep: Collection[int] = (),
     callback: Callable[[StepInfo], None] | None = None,
+    record: bool = False,
 ) -> LoopResult:
     """Iterate ``solver`` on ``f`` from ``x0`` until every sample has ended.
 
@@ -73,13 +74,16 @@ def run(
         trace: whether to keep the relative residual of every evaluation.
         keep: steps whose points are wanted.
         callback: called after every evaluation.
+        record: whether the solver is to hand over its record, see `Solver.start_recording`.
 
     Returns:
         The best visited point per sample. Its residual is the true one: f was evaluated at exactly this point.
     """
-    state = solver.start()
+    recorder = solver.start_recording() if record else None
+    state = solver.start() if recorder is None else recorder
     x = tuple(b.clone() for b in x0)
     ledger: Ledger | None = None
+    point: Point | None = None
     kept: dict[int, Blocks] = {}
     on_host = _keeps_books_on_host(f, solver, termination)
     for step in range(max_steps + 1):
@@ -91,21 +95,22 @@ def run(
             r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
         with torch.no_grad():
             if ledger is None:
-                ledger = Ledger(x, r, on_host, termination, trace, active)
+                ledger = Ledger(x, r, on_host, termination, trace, active, solver.may_retreat)
             ledger.record(step, *norm(r, fx))
             if callback is not None:
                 _tell(callback, f, step, x, ledger)
         look = ledger.look(step, x, r, solver.check_every)
+        point = ledger.point(x, fx, r, max_steps - step, f.resolution)
         if look.none_active or step == max_steps:
             break
-        point = ledger.point(x, fx, r, max_steps - step, f.resolution)
         new = state.step(ledger.inside(point) if look.any_outside else point)
         if look.any_outside:
             new = ledger.retreat(new)
         new = f.layout.round(new)
         x = new if look.all_active else ledger.freeze(new)
-    assert ledger is not None
-    return ledger.result(kept)
+    assert ledger is not None and point is not None
+    result = ledger.result(kept)
+    return result if recorder is None else replace(result, record=recorder.conclude(point))
 
 
 def _keeps_books_on_host(f: Evaluator, solver: Solver, termination: Termination) -> bool:

@@ -29,6 +29,7 @@ def run(
     trace: bool = False,
     keep: Collection[int] = (),
     callback: Callable[[StepInfo], None] | None = None,
+    record: bool = False,
 ) -> LoopResult:
     """`deqkit.loop.run` for each stage of ``solver`` in turn, until all samples are solved or the steps are used up.
 
@@ -44,6 +45,7 @@ def run(
         trace: see there.
         keep: see there.
         callback: see there.
+        record: see there; of the first stage.
     """
     stages = solver.stages(max_steps)
     if termination.fixed_steps:  # there is no failure to see
@@ -53,7 +55,8 @@ def run(
         limits = replace(termination, patience=patience_for(steps, stage.blind_steps))
         if result is None:
             result = loop.run(
-                f, x0, stage, limits, max_steps=steps, norm=norm, trace=trace, keep=keep, callback=callback
+                f, x0, stage, limits, max_steps=steps, norm=norm, trace=trace, keep=keep, callback=callback,
+                record=record,
             )  # fmt: skip
             continue
         failed = result.status != Status.CONVERGED

@@ -15,6 +15,7 @@ EXACT = {
     "implicit_broyden": deqkit.ImplicitAdjoint("broyden", rtol=1e-13, max_steps=100),
     "implicit_newton_krylov": deqkit.ImplicitAdjoint("newton_krylov", rtol=1e-13, max_steps=100),
     "implicit_gmres": deqkit.ImplicitAdjoint("gmres", rtol=1e-13, max_steps=100),
+    "implicit_bicgstab": deqkit.ImplicitAdjoint("bicgstab", rtol=1e-13, max_steps=100),
     "unrolled": deqkit.UnrolledAdjoint(),
     "unrolled_checkpointed": deqkit.UnrolledAdjoint(checkpoint=True),
 }

@@ -16,7 +16,9 @@ from deqkit.solvers.base import Measured, Point, SolverState
 
 def visit(state: SolverState, x: Tensor, fx: Tensor) -> Tensor:
     residual = (fx - x).norm(dim=1)
-    measured = Measured(residual, residual / fx.norm(dim=1), torch.full_like(residual, torch.inf))
+    measured = Measured(
+        residual, residual / fx.norm(dim=1), torch.full_like(residual, torch.inf), torch.ones_like(residual, dtype=bool)
+    )
     return state.step(Point((x,), (fx,), (fx - x,), measured, 100, 1e-16))[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from deqkit import Status, linalg
 from deqkit.ledger import Ledger, LoopResult
 from deqkit.linalg import History, Scaling
 from deqkit.solvers.base import Measured, Point
+from deqkit.solvers.inverse_jacobian import InverseJacobian
 from deqkit.termination import Termination
 
 B, WIDTHS = 2, (3, 2)  # samples, and the numbers of each leaf
@@ -87,7 +89,10 @@ class HistoryMachine(RuleBasedStateMachine):
 
 
 class MultisecantMachine(RuleBasedStateMachine):
-    """Anderson and Broyden, with restarts per sample, against dense formulas over the pairs that a sample still has."""
+    """Anderson and Broyden, with restarts per sample, against dense formulas over the pairs that a sample still has.
+
+    A recording state keeps the pairs of samples that have ended, whatever points are shown of them afterwards.
+    """
 
     @initialize(
         solver=st.sampled_from(
@@ -99,12 +104,19 @@ class MultisecantMachine(RuleBasedStateMachine):
             ]
         ),
         seed=SEEDS,
+        recording=st.booleans(),
     )
-    def begin(self, solver: Any, seed: int) -> None:
-        self.solver, self.state = solver, solver.start()
+    def begin(self, solver: Any, seed: int, recording: bool) -> None:
+        self.solver, self.state = solver, solver.start_recording() if recording else solver.start()
+        self.active = torch.ones(B, dtype=torch.bool)
         self.points: list[tuple[Tensor, Tensor]] = []
         self.pairs: list[list[tuple[Tensor, Tensor] | None]] = [[] for _ in range(B)]
         self.visit(seed, (1.0, 1.0), (False, False))
+
+    @precondition(lambda self: self.state.recording)
+    @rule(sample=st.integers(0, B - 1))
+    def end(self, sample: int) -> None:
+        self.active[sample] = False
 
     @rule(
         seed=SEEDS,
@@ -120,11 +132,15 @@ class MultisecantMachine(RuleBasedStateMachine):
             keep = torch.tensor(still).unsqueeze(1)
             x = tuple(torch.where(keep, old, new) for old, new in zip(last_x.split(WIDTHS, 1), x, strict=True))
             r = tuple(torch.where(keep, old, new) for old, new in zip(last_r.split(WIDTHS, 1), r, strict=True))
-        measured = Measured(torch.ones(B).double(), torch.tensor(distance).double(), torch.ones(B).double())
+        given, one = torch.tensor(distance).double().masked_fill(~self.active, 1.0), torch.ones(B).double()
         fx = tuple(a + b for a, b in zip(x, r, strict=True))
-        new = joined(self.state.step(Point(x, fx, r, measured, 100, 1e-16)))
+        point = Point(x, fx, r, Measured(one, given, one, self.active.clone()), 100, 1e-16)
+        record = copy.deepcopy(self.state).conclude(point) if self.state.recording else None
+        new = joined(self.state.step(point))
         at, residual = joined(x), joined(r)
         for i in range(B):
+            if not self.active[i]:
+                continue
             if self.points:
                 if distance[i] > self.solver.restart_factor:
                     self.pairs[i] = [None] * len(self.pairs[i])
@@ -133,7 +149,19 @@ class MultisecantMachine(RuleBasedStateMachine):
             self.pairs[i] = self.pairs[i][-self.solver.history :]
             expected = self.dense_step(at[i], residual[i], [p for p in self.pairs[i] if p is not None])
             torch.testing.assert_close(new[i], expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+        if record is not None:
+            self.check(record)
         self.points.append((at, residual))
+
+    def check(self, record: InverseJacobian) -> None:
+        g = random_state(0)
+        found = joined(record.transposed(g))
+        for i in range(B):
+            identity = torch.eye(sum(WIDTHS), dtype=torch.float64)
+            pairs = [p for p in self.pairs[i] if p is not None]
+            inverse = torch.stack([-self.dense_step(0 * row, row, pairs) for row in identity], dim=1)
+            expected = joined(g)[i] @ inverse
+            torch.testing.assert_close(found[i], expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
     def dense_step(self, x: Tensor, r: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         beta = getattr(self.solver, "mixing", 1.0)

@@ -17,7 +17,7 @@ import deqkit
 from deqkit.solvers import SOLVERS
 
 TIGHT: dict[str, Any] = {"rtol": 1e-13, "max_steps": 300}
-GENERAL = [name for name in SOLVERS if name != "gmres"]
+GENERAL = [name for name, solver in SOLVERS.items() if not solver.for_affine]
 
 
 class Cell(nn.Module):

@@ -75,8 +75,8 @@ def diagnose(
         f: see `deqkit.solve`, as are the others.
         x0: see there.
         args: see there.
-        solvers: names or solver objects to try; None tries all there are ("gmres", which is for an affine f,
-            only if f is one).
+        solvers: names or solver objects to try; None tries all there are ("gmres" and "bicgstab", which
+            are for an affine f, only if f is one).
         adjoints: names or adjoint objects to try; None tries all there are.
         rtol: see there.
         atol: see there.

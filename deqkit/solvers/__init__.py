@@ -3,12 +3,13 @@
 from deqkit.solvers.anderson import Anderson
 from deqkit.solvers.auto import Auto
 from deqkit.solvers.base import Point, Solver, SolverState
+from deqkit.solvers.bicgstab import BiCGSTAB
 from deqkit.solvers.broyden import Broyden
 from deqkit.solvers.fixed_point import FixedPointIteration
 from deqkit.solvers.newton_krylov import GMRES, NewtonKrylov
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, Auto)
+    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, BiCGSTAB, Auto)
 }
 
 # One object serves any number of solves. Dynamo can take one from here, but cannot make an Auto.
@@ -37,6 +38,7 @@ __all__ = [
     "SOLVERS",
     "Anderson",
     "Auto",
+    "BiCGSTAB",
     "Broyden",
     "FixedPointIteration",
     "NewtonKrylov",

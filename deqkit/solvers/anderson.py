@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deqkit.solvers.base import Solver, require_float, require_int
+from deqkit.solvers.inverse_jacobian import InverseJacobian
 from deqkit.solvers.multisecant import Formula, MultisecantState
 
 
@@ -40,6 +41,7 @@ class Anderson(Solver):
     """
 
     name: ClassVar[str] = "anderson"
+    record: ClassVar[type | None] = InverseJacobian
     history: int = 50
     mixing: float = 1.0
     ridge: float | None = None
@@ -58,5 +60,13 @@ class Anderson(Solver):
 
     def start(self) -> MultisecantState:
         """A fresh state for one solve."""
+        return MultisecantState(self._formula)
+
+    def start_recording(self) -> MultisecantState:
+        """A state that keeps each sample's inverse Jacobian as it was when the sample ended."""
+        return MultisecantState(self._formula, recording=True)
+
+    @property
+    def _formula(self) -> Formula:
         left = "Y" if self.type == 2 else "S"
-        return MultisecantState(Formula(left, False, self.history, self.mixing, self.ridge, self.restart_factor))
+        return Formula(left, False, self.history, self.mixing, self.ridge, self.restart_factor)

@@ -25,11 +25,13 @@ class Measured:
         residual: the norm of f(x) - x.
         distance: `Termination.distance` of the point.
         best_distance: the smallest so far, this one included.
+        active: which samples were still being solved. The others rest at their best points.
     """
 
     residual: Array
     distance: Array
     best_distance: Array
+    active: Array
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,25 @@ class Point:
         """`Termination.distance`, (B,), on the device of x."""
         return arrays.as_tensor(self.measured.distance, self.x[0])
 
+    @property
+    def active(self) -> Tensor:
+        """Which samples were still being solved, (B,), on the device of x."""
+        return arrays.as_tensor(self.measured.active, self.x[0])
+
 
 class SolverState(Protocol):
     """What a solver remembers during one solve."""
 
     def step(self, point: Point) -> Blocks:
         """The next point to evaluate, as fresh tensors."""
+        ...
+
+
+class RecordingState(SolverState, Protocol):
+    """A state that has something to tell when the solve is over, to an adjoint that asks for it."""
+
+    def conclude(self, point: Point) -> Any:
+        """The record, of the type `Solver.record`; ``point`` is the last one, of which `step` has not been told."""
         ...
 
 
@@ -83,6 +98,10 @@ class Solver(ABC):
     name: ClassVar[str]
     #: Whether it solves x = f(x) for an f that is affine in x, and for no other.
     for_affine: ClassVar[bool] = False
+    #: What the solver can hand over to an adjoint, see `start_recording`; None: nothing.
+    record: ClassVar[type | None] = None
+    #: Whether a step out of the domain of f may be taken back and replaced by another, see `deqkit.loop`.
+    may_retreat: ClassVar[bool] = True
     check_every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -100,6 +119,10 @@ class Solver(ABC):
     @abstractmethod
     def start(self) -> SolverState:
         """A fresh state for one solve."""
+
+    def start_recording(self) -> RecordingState:
+        """A fresh state for one solve, from which an adjoint will want the record."""
+        raise NotImplementedError(f"solver={self.name!r} keeps no record")
 
 
 class Safeguard:

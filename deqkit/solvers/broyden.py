@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from deqkit.solvers.base import Solver, require_float, require_int
+from deqkit.solvers.inverse_jacobian import InverseJacobian
+from deqkit.solvers.line_search import LineSearchState
 from deqkit.solvers.multisecant import Formula, MultisecantState
 
 
@@ -42,6 +44,10 @@ class Broyden(Solver):
             best one. Broyden's residuals rise on the way even where it converges, so this should not be small.
         variant: "good" or "bad", as Broyden called them. The bad one changes the inverse as little as possible, and not
             the Jacobian; it is not always worse.
+        line_search: how many steps in a row a sample may take back because they raise its residual, see
+            `deqkit.solvers.line_search`; 0 for no line search. Some four are worth it where whole steps overshoot,
+            because the derivative of f(x) - x fades away from the solution. Elsewhere they may save calls of f or cost
+            some. Each try is an evaluation of f and a step of the solve.
         check_every: see `Solver`.
 
     Raises:
@@ -49,9 +55,11 @@ class Broyden(Solver):
     """
 
     name: ClassVar[str] = "broyden"
+    record: ClassVar[type | None] = InverseJacobian
     history: int = 50
     restart_factor: float = 1000.0
     variant: Literal["good", "bad"] = "good"
+    line_search: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +67,19 @@ class Broyden(Solver):
         require_float(self, "restart_factor", 1.0, float("inf"), ends="[]")
         if self.variant not in ("good", "bad"):
             raise ValueError(f"Broyden: variant must be 'good' or 'bad', got {self.variant!r}")
+        require_int(self, "line_search", minimum=0)
 
     def start(self) -> MultisecantState:
         """A fresh state for one solve."""
+        return self._state()
+
+    def start_recording(self) -> MultisecantState:
+        """A state that keeps each sample's inverse Jacobian as it was when the sample ended."""
+        return self._state(recording=True)
+
+    def _state(self, *, recording: bool = False) -> MultisecantState:
         left = "S" if self.variant == "good" else "Y"
-        return MultisecantState(Formula(left, True, self.history, 1.0, 0.0, self.restart_factor))
+        formula = Formula(left, True, self.history, 1.0, 0.0, self.restart_factor)
+        if self.line_search:
+            return LineSearchState(formula, self.line_search, recording=recording)
+        return MultisecantState(formula, recording=recording)

@@ -38,6 +38,7 @@ from torch import Tensor
 from deqkit import arrays, linalg
 from deqkit.arrays import Array
 from deqkit.solvers.base import Point, Safeguard
+from deqkit.solvers.inverse_jacobian import InverseJacobian
 from deqkit.state import Blocks
 
 
@@ -62,11 +63,26 @@ class Formula:
     restart_factor: float
 
 
-class MultisecantState:
-    """The last point, and the ring of scaled pairs with the small system that they make."""
+@dataclass(frozen=True)
+class _Resting:
+    """What one slot holds of samples that have ended, ``mask`` (B,)."""
 
-    def __init__(self, formula: Formula) -> None:
-        self.formula = formula
+    mask: Tensor
+    left: Blocks
+    move: Blocks
+    row: Tensor  # of M, (B, n)
+    column: Tensor
+    good: Tensor  # whether the pair is usable, (B,)
+
+
+class MultisecantState:
+    """The last point, and the ring of scaled pairs with the small system that they make.
+
+    A state that records leaves the pairs of samples that have ended as they are.
+    """
+
+    def __init__(self, formula: Formula, *, recording: bool = False) -> None:
+        self.formula, self.recording = formula, recording
         self.last: Point | None = None
         self.last_plain: Blocks = ()
         self.left = linalg.History(formula.history)  # W
@@ -88,6 +104,20 @@ class MultisecantState:
             return plain
         return self.move.subtract_combination(plain, self._coefficients(point))
 
+    def conclude(self, point: Point) -> InverseJacobian:
+        """The inverse Jacobian, with the pair that ends at the last point."""
+        if self.last is None:
+            self._allocate(point)
+        else:
+            self.safeguard.restart(point)
+            self._remember(point, self._plain(point), self.last)
+        n, x = self.left.num_columns, point.x[0]
+        usable = self.safeguard.usable
+        if usable is None:
+            usable = torch.ones(x.shape[0], n, dtype=torch.bool, device=x.device)
+        mixing = torch.full((), self.formula.mixing, dtype=x.dtype, device=x.device)
+        return InverseJacobian(self.left.columns(), self.move.columns(), self.system[:, :n, :n], usable, mixing)
+
     def _plain(self, point: Point) -> Blocks:
         """The step without history, x + beta r."""
         beta = self.formula.mixing
@@ -104,17 +134,42 @@ class MultisecantState:
 
     def _remember(self, point: Point, plain: Blocks, last: Point) -> None:
         slot = self.left.next_slot
+        resting = self._resting(slot, point) if self.recording else None
         y = tuple(torch.sub(a, b) for a, b in zip(point.r, last.r, strict=True))
         move = tuple(torch.sub(a, b) for a, b in zip(plain, self.last_plain, strict=True))
         if self.formula.left == "Y":
-            left, scaling = y, linalg.unit_scaling(y)
+            left, scaling = y, linalg.unit_scaling(y, point.active if self.recording else None)
         else:
             left = tuple(torch.sub(a, b) for a, b in zip(point.x, last.x, strict=True))
-            scaling = linalg.unit_scaling(left, point.residual < torch.inf)
+            finite = point.residual < torch.inf
+            scaling = linalg.unit_scaling(left, finite & point.active if self.recording else finite)
         left = self.left.push(left, scaling)
         self.move.push(move, scaling)
         self.safeguard.admit(slot, scaling)
         self._extend_system(slot, left, y, scaling)
+        if resting is not None:
+            self._put_back(slot, resting)
+
+    def _resting(self, slot: int, point: Point) -> _Resting | None:
+        """What is in ``slot``, if it is about to be overwritten although it belongs to samples that have ended."""
+        if slot == self.left.num_columns or arrays.known_all(point.measured.active):
+            return None
+        columns = tuple(tuple(b.clone() for b in history.column(slot)) for history in (self.left, self.move))
+        n, usable = self.left.num_columns, self.safeguard.usable
+        row, column = self.system[:, slot, :n].clone(), self.system[:, :n, slot].clone()
+        good = torch.ones_like(point.active) if usable is None else usable[:, slot].clone()
+        return _Resting(~point.active, columns[0], columns[1], row, column, good)
+
+    def _put_back(self, slot: int, resting: _Resting) -> None:
+        mask, n = resting.mask, self.left.num_columns
+        for history, old in ((self.left, resting.left), (self.move, resting.move)):
+            for now, then in zip(history.column(slot), old, strict=True):
+                now.copy_(torch.where(mask.unsqueeze(1), then, now))
+        row = torch.where(mask.unsqueeze(1), resting.row, self.system[:, slot, :n])
+        column = torch.where(mask.unsqueeze(1), resting.column, self.system[:, :n, slot])
+        self.system = linalg.write_column(linalg.write_row(self.system, slot, row), slot, column)
+        if self.safeguard.usable is not None:
+            self.safeguard.usable[:, slot] = torch.where(mask, resting.good, self.safeguard.usable[:, slot])
 
     def _extend_system(self, slot: int, left: Blocks, y: Blocks, scaling: linalg.Scaling) -> None:
         """Write the row and the column of M that belong to the newest pair."""
