@@ -7,6 +7,7 @@ from deqkit.adjoints import (
     ImplicitAdjoint,
     NeumannAdjoint,
     PhantomAdjoint,
+    ShineAdjoint,
     UnrolledAdjoint,
 )
 from deqkit.api import solve
@@ -63,6 +64,7 @@ __all__ = [
     "NeumannAdjoint",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ShineAdjoint",
     "Schedule",
     "Solution",
     "Solver",

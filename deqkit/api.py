@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from deqkit import held, stages
-from deqkit.adjoints import Adjoint, Problem, make_adjoint
+from deqkit.adjoints import Adjoint, Problem, check_record, make_adjoint
 from deqkit.ledger import LoopResult
 from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
@@ -59,9 +59,11 @@ def solve(
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
         solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then others for the samples
-            that it leaves unsolved), "gmres" (for an affine f), or a solver object.
-        adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), the approximate "jfb", "neumann" and
-            "phantom", or an adjoint object.
+            that it leaves unsolved), "gmres" and "bicgstab" (for an affine f), "reversible" (for the adjoint of that
+            name), or a solver object.
+        adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), "reversible" (the same in constant memory,
+            for the solver of that name), the approximate "jfb", "neumann", "phantom" and "shine" (for the solvers
+            "anderson" and "broyden"), or an adjoint object.
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
         max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver), and
@@ -84,7 +86,8 @@ def solve(
     Raises:
         TypeError: x0 or f(x0) hold something else than tensors of a floating or complex dtype, dtypes differ, or a
             setting has the wrong type.
-        ValueError: shapes or structure differ, or a setting is unknown or out of range.
+        ValueError: shapes or structure differ, a setting is unknown or out of range, or the adjoint is not one for
+            the solver.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         RuntimeError: f or the callback changed x in place.
         NotImplementedError: a transform of `torch.func` with another adjoint than "unrolled", forward mode with an
@@ -96,8 +99,9 @@ def solve(
     keep = _as_steps(keep)
     _check_settings(args, on_failure, trace, has_aux, callback)
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
+    check_record(adjoint, solver)
     termination = Termination(rtol, atol)
-    traceable = termination.fixed_steps and (adjoint.unrolls or not torch.is_grad_enabled())
+    traceable = termination.fixed_steps and (adjoint.unrolls and adjoint.needs is None or not torch.is_grad_enabled())
     if torch.compiler.is_dynamo_compiling() and not traceable:
         return _solve_uncompiled(
             f, x0, args=args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps, norm=norm,
@@ -117,6 +121,7 @@ def solve(
     problem = Problem(
         evaluator, state_norm, termination.rtol, termination.atol, max_steps, on_failure, stats=AdjointStats()
     )
+    record = adjoint.needs is not None and torch.is_grad_enabled()
     with without_autocast(layout.device):
         with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
             result = stages.run(
@@ -129,7 +134,9 @@ def solve(
                 trace=trace,
                 keep=keep,
                 callback=callback,
+                record=record,
             )
+        problem.record = result.record
         x, states = result.x, {step: result.kept.get(step, result.x) for step in sorted(keep)}
         if torch.is_grad_enabled():
             x = adjoint.attach(problem, x)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from deqkit.adjoints import Adjoint, ImplicitAdjoint, make_adjoint
+from deqkit import stages
+from deqkit.adjoints import Adjoint, ImplicitAdjoint, check_record, make_adjoint
 from deqkit.adjoints.base import Evaluation, Problem
 from deqkit.norms import l2
 from deqkit.solution import AdjointStats
+from deqkit.solvers import Solver, make_solver
 from deqkit.state import Evaluator, StateLayout
+from deqkit.termination import Termination
 
 _RTOL, _MAX_STEPS = 1e-4, 50  # of an adjoint that takes those of the forward solve: the defaults of `deqkit.solve`
 
@@ -51,6 +54,8 @@ def gradient_error(
     cotangent: Any = None,
     batch_dims: int = 1,
     max_steps: int = 1000,
+    x0: Any = None,
+    solver: str | Solver = "anderson",
 ) -> GradientError:
     """Compare the gradient of an adjoint with that of the implicit function theorem at a fixed point.
 
@@ -63,24 +68,29 @@ def gradient_error(
         cotangent: dL/dx at x, of x's structure; None draws it at random from the global generator.
         batch_dims: see `deqkit.solve`.
         max_steps: limit of the exact adjoint solve, which runs GMRES to the precision of x.
+        x0: where the forward solve starts whose inverse Jacobian "shine" uses; None for zeros. It is run here, at the
+            defaults of `deqkit.solve`, for "shine" alone.
+        solver: of that solve.
 
     Returns:
         A `GradientError`.
 
     Raises:
-        ValueError: nothing that f depends on requires a gradient, the exact gradient is zero, the cotangent does not
-            fit, or the adjoint is "unrolled", whose gradient belongs to the way to x and not to x.
+        ValueError: nothing that f depends on requires a gradient, the exact gradient is zero, the cotangent or x0 does
+            not fit, the solver is none for the adjoint, or the adjoint is "unrolled" or "reversible", whose gradients
+            belong to the way to x and not to x.
         ConvergenceError: the exact adjoint solve does not converge: there is nothing to compare with.
     """
     adjoint = make_adjoint(adjoint)
     if adjoint.unrolls:
         raise ValueError(
-            "adjoint='unrolled' differentiates the steps towards x, which are not known here; compare gradients of "
-            "deqkit.solve itself"
+            f"adjoint={adjoint.name!r} differentiates the steps towards x, which are not known here; compare gradients "
+            f"of deqkit.solve itself"
         )
-    return ExactGradient(
-        f, x, args=args, cotangent=cotangent, batch_dims=batch_dims, max_steps=max_steps
-    ).compare(adjoint)  # fmt: skip
+    solver = make_solver(solver)
+    check_record(adjoint, solver)
+    exact = ExactGradient(f, x, args=args, cotangent=cotangent, batch_dims=batch_dims, max_steps=max_steps)
+    return exact.compare(adjoint, record=None if adjoint.needs is None else exact.record_of(solver, x0))
 
 
 class ExactGradient:
@@ -117,10 +127,7 @@ class ExactGradient:
             raise ValueError("f depends on no leaf tensor or tensor in args that requires a gradient")
         if cotangent is None:
             cotangent = tree_map(torch.randn_like, self._x)
-        self.cotangent, spec = tree_flatten(cotangent)
-        shapes = [leaf.shape for leaf in tree_leaves(self._x)]
-        if spec != self._layout.treespec or [leaf.shape for leaf in self.cotangent] != shapes:
-            raise ValueError("cotangent must have the structure and the shapes of x")
+        self.cotangent = self._leaves_of("cotangent", cotangent)
         exact = ImplicitAdjoint("gmres", rtol=10 * self._layout.resolution, max_steps=max_steps)
         self._exact, _ = self._gradient(exact, on_failure="raise")
         if not bool(torch.isfinite(self._exact).all()):
@@ -130,9 +137,26 @@ class ExactGradient:
         if self._exact.norm() == 0:
             raise ValueError("the exact gradient is zero: there is no direction to compare with")
 
-    def compare(self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS) -> GradientError:
-        """The gradient that an adjoint gives at the fixed point, after a solve with ``rtol`` and ``max_steps``."""
-        gradient, num_products = self._gradient(adjoint, rtol=rtol, max_steps=max_steps)
+    def record_of(self, solver: Solver, x0: Any) -> Any:
+        """What ``solver`` records of a solve from ``x0``, None for zeros, at the defaults of `deqkit.solve`.
+
+        Raises:
+            ValueError: x0 does not look like x.
+        """
+        x0 = tree_map(torch.zeros_like, self._x) if x0 is None else x0
+        self._leaves_of("x0", x0)
+        settings: dict[str, Any] = {"max_steps": _MAX_STEPS, "norm": l2, "record": True}
+        with torch.no_grad():
+            return stages.run(self._evaluator(), self._layout.pack(x0), solver, Termination(_RTOL), **settings).record
+
+    def compare(
+        self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS, record: Any = None
+    ) -> GradientError:
+        """The gradient that an adjoint gives at the fixed point, after a solve with ``rtol`` and ``max_steps``.
+
+        ``record`` is the one that the adjoint needs.
+        """
+        gradient, num_products = self._gradient(adjoint, rtol=rtol, max_steps=max_steps, record=record)
         return self._measure(adjoint.name, gradient, num_products)
 
     def compare_value(self, adjoint: Adjoint, value: Any, num_products: Callable[[], int | None]) -> GradientError:
@@ -142,11 +166,19 @@ class ExactGradient:
     def _evaluator(self) -> Evaluator:
         return Evaluator(self._f, self._layout, self._args)
 
+    def _leaves_of(self, name: str, tree: Any) -> list[Tensor]:
+        leaves, spec = tree_flatten(tree)
+        shapes = [leaf.shape for leaf in tree_leaves(self._x)]
+        if spec != self._layout.treespec or [leaf.shape for leaf in leaves] != shapes:
+            raise ValueError(f"{name} must have the structure and the shapes of x")
+        return leaves
+
     def _gradient(
-        self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS, on_failure: str = "ignore"
-    ) -> tuple[Tensor, int | None]:
+        self, adjoint: Adjoint, *, rtol: float = _RTOL, max_steps: int = _MAX_STEPS, on_failure: str = "ignore",
+        record: Any = None,
+    ) -> tuple[Tensor, int | None]:  # fmt: skip
         """The gradient towards all tensors, and the products that its adjoint solve took."""
-        problem = Problem(self._evaluator(), l2, rtol, 0.0, max_steps, on_failure, AdjointStats())
+        problem = Problem(self._evaluator(), l2, rtol, 0.0, max_steps, on_failure, AdjointStats(), record)
         with torch.enable_grad():
             value = tree_leaves(self._layout.unpack(adjoint.attach(problem, self._layout.pack(self._x))))
         gradient = self._gradient_of(value)

@@ -11,7 +11,7 @@ from torch.autograd import gradgradcheck
 import deqkit
 
 
-@pytest.mark.parametrize("adjoint", ["implicit_anderson", "implicit_broyden", "unrolled"])
+@pytest.mark.parametrize("adjoint", ["implicit_anderson", "implicit_broyden", "implicit_bicgstab", "unrolled"])
 def test_gradgradcheck(adjoint: str) -> None:
     assert gradgradcheck(lambda a, b: value(a, b, EXACT[adjoint], "fixed_point"), inputs(2, 1))
 
@@ -51,7 +51,7 @@ def test_third_derivative() -> None:
     assert derivatives(c, sol.value) == pytest.approx(derivatives(c, x), rel=1e-9)
 
 
-@pytest.mark.parametrize("adjoint", ["jfb", "neumann", "phantom"])
+@pytest.mark.parametrize("adjoint", ["jfb", "neumann", "phantom", "shine"])
 def test_approximate_adjoints_refuse_double_backward(adjoint: str) -> None:
     a, b = inputs()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):

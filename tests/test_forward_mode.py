@@ -21,7 +21,7 @@ def tangent_of(solve: Any, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[t
         return out.primal.clone(), out.tangent.clone()
 
 
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "gmres"])
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "gmres", "bicgstab"])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_against_reverse_mode(solver: str, gradients: bool) -> None:
     """<g, J d> = <J^T g, d>, for tensors in args."""
@@ -103,10 +103,10 @@ def test_what_does_not_go_through_is_refused_by_name() -> None:
     def run(c: torch.Tensor, adjoint: str) -> torch.Tensor:
         return deqkit.solve(lambda x: 0.5 * torch.tanh(x) + c, torch.zeros_like(c), adjoint=adjoint).value
 
-    for adjoint in ("jfb", "neumann", "phantom"):
+    for adjoint in ("jfb", "neumann", "phantom", "shine"):
         with pytest.raises(NotImplementedError, match=f"does not go through adjoint='{adjoint}'.*'unrolled'"):
             tangent_of(lambda c, name=adjoint: run(c, name), (c, tangent))
-    for adjoint in ("jfb", "implicit"):
+    for adjoint in ("jfb", "shine", "implicit"):
         with pytest.raises(NotImplementedError, match=f"torch.func does not go through adjoint='{adjoint}'"):
             torch.func.jvp(lambda c, name=adjoint: run(c, name), (c,), (tangent,))
         with pytest.raises(NotImplementedError, match="torch.func does not go"):

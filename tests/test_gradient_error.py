@@ -73,6 +73,24 @@ def test_what_cannot_be_compared_is_refused() -> None:
         deqkit.gradient_error(tanh_layer, x, "jfb", args=args, max_steps=1)
 
 
+@pytest.mark.parametrize("solver", ["anderson", deqkit.Broyden(variant="bad")])
+def test_the_inverse_of_a_forward_solve(solver: str | deqkit.Solver) -> None:
+    """As if "shine" had been used in a solve from the same point, at x instead of where that ended."""
+    x, args = solved(0.8)
+    g = torch.linspace(-1, 1, x.numel()).double().reshape(x.shape)
+    x0 = 0.5 * torch.ones_like(x)
+    settings = {"args": args, "cotangent": g, "solver": solver}
+    found = deqkit.gradient_error(tanh_layer, x, "shine", x0=x0, **settings)
+    value = deqkit.solve(tanh_layer, x0, args=args, solver=solver, adjoint="shine").value
+    exact = deqkit.solve(tanh_layer, x0, args=args, adjoint=deqkit.ImplicitAdjoint(rtol=1e-12), rtol=1e-12).value
+    gradient, reference = (torch.cat([t.flatten() for t in torch.autograd.grad(v, args, g)]) for v in (value, exact))
+    expected = ((gradient - reference).norm() / reference.norm()).item()
+    assert found.adjoint == "shine" and found.relative_error == pytest.approx(expected, rel=1e-2) and expected > 1e-3
+    assert found.relative_error != deqkit.gradient_error(tanh_layer, x, "shine", **settings).relative_error
+    refined = deqkit.gradient_error(tanh_layer, x, deqkit.ShineAdjoint(refine_steps=40), x0=x0, **settings)
+    assert refined.relative_error < 1e-3 and refined.num_products is not None and refined.num_products > 3
+
+
 def test_a_graph_of_the_callers_is_left_whole() -> None:
     layer = torch.nn.Linear(4, 4, dtype=torch.float64)
     features = torch.sin(layer(torch.ones(2, 4, dtype=torch.float64)))
@@ -80,6 +98,14 @@ def test_a_graph_of_the_callers_is_left_whole() -> None:
     deqkit.gradient_error(lambda x: 0.5 * x + features * layer.bias.exp() / layer.bias.exp(), x, "jfb")
     features.sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_an_adjoint_that_cannot_be_compared_at_a_point_says_why() -> None:
+    x, args = solved(0.5)
+    with pytest.raises(ValueError, match="adjoint='shine' builds on what solver='fixed_point' does not record"):
+        deqkit.gradient_error(tanh_layer, x, "shine", args=args, solver="fixed_point")
+    with pytest.raises(ValueError, match="x0 must have the structure and the shapes of x"):
+        deqkit.gradient_error(tanh_layer, x, "shine", args=args, x0=x[:1])
 
 
 def test_a_gradient_that_is_not_finite_is_refused() -> None:

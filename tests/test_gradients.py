@@ -235,8 +235,8 @@ def test_the_adjoint_solve_is_not_autocast() -> None:
     assert torch.equal(gradient(True), gradient(False))
 
 
-@pytest.mark.parametrize("adjoint", ["implicit", "neumann"])
-def test_another_function_in_a_packed_backward_is_refused(adjoint: str) -> None:
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", deqkit.ShineAdjoint(refine_steps=3)])
+def test_another_function_in_a_packed_backward_is_refused(adjoint: Any) -> None:
     a, b = inputs()
     scale = 0.5
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -256,7 +256,7 @@ def test_a_parameter_that_the_derivative_does_not_need_may_change_in_place() -> 
     torch.testing.assert_close(torch.autograd.grad(x.sum(), (a, b)), expected)
 
 
-@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom"])
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom", "shine"])
 def test_a_leaf_of_f_without_gradient(adjoint: str) -> None:
     b = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True)
 
@@ -266,11 +266,11 @@ def test_a_leaf_of_f_without_gradient(adjoint: str) -> None:
     x0 = {"a": torch.zeros(2, 1, dtype=torch.float64), "c": torch.zeros(2, 1, dtype=torch.float64)}
     x = deqkit.solve(f, x0, args=(b,), adjoint=adjoint, rtol=1e-12).value
     (grad,) = torch.autograd.grad((x["a"] + 7 * x["c"]).sum(), b, create_graph=adjoint == "implicit")
-    terms = {"implicit": 2.0, "neumann": 1.9375, "jfb": 1.0, "phantom": 2 * (1 - 0.75**5)}
+    terms = {"implicit": 2.0, "neumann": 1.9375, "jfb": 1.0, "phantom": 2 * (1 - 0.75**5), "shine": 2.0}
     torch.testing.assert_close(grad, torch.full_like(b, terms[adjoint]))
 
 
-@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom"])
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "jfb", "phantom", "shine"])
 def test_nothing_to_differentiate_gives_a_plain_value(adjoint: str) -> None:
     unused = torch.ones(2, 1, requires_grad=True)
     for f in (lambda x, b: 0.5 * x + 1, torch.no_grad()(lambda x, b: 0.5 * x + b)):

@@ -4,10 +4,12 @@ from deqkit.adjoints.base import Adjoint, Problem
 from deqkit.adjoints.implicit import ImplicitAdjoint
 from deqkit.adjoints.neumann import JFB, NeumannAdjoint
 from deqkit.adjoints.phantom import PhantomAdjoint
+from deqkit.adjoints.shine import ShineAdjoint
 from deqkit.adjoints.unrolled import UnrolledAdjoint
+from deqkit.solvers import SOLVERS, Solver
 
 ADJOINTS: dict[str, type[Adjoint]] = {
-    cls.name: cls for cls in (ImplicitAdjoint, NeumannAdjoint, JFB, PhantomAdjoint, UnrolledAdjoint)
+    cls.name: cls for cls in (ImplicitAdjoint, NeumannAdjoint, JFB, PhantomAdjoint, ShineAdjoint, UnrolledAdjoint)
 }
 
 
@@ -28,6 +30,20 @@ def make_adjoint(adjoint: str | Adjoint) -> Adjoint:
     raise TypeError(f"adjoint must be a name or an adjoint object, got {adjoint!r}{hint}")
 
 
+def check_record(adjoint: Adjoint, solver: Solver) -> None:
+    """Refuse an adjoint that builds on what the solver does not record.
+
+    Raises:
+        ValueError: with the solvers that would do.
+    """
+    if adjoint.needs is not None and solver.record is not adjoint.needs:
+        able = sorted(name for name, cls in SOLVERS.items() if cls.record is adjoint.needs)
+        raise ValueError(
+            f"adjoint={adjoint.name!r} builds on what solver={solver.name!r} does not record: choose one of the "
+            f"solvers {able}, or another adjoint"
+        )
+
+
 __all__ = [
     "ADJOINTS",
     "JFB",
@@ -36,6 +52,8 @@ __all__ = [
     "NeumannAdjoint",
     "PhantomAdjoint",
     "Problem",
+    "ShineAdjoint",
     "UnrolledAdjoint",
+    "check_record",
     "make_adjoint",
 ]

@@ -33,6 +33,7 @@ class Problem:
         max_steps: step limit of the forward solve.
         on_failure: what to do about samples whose adjoint solve falls short.
         stats: where a backward pass writes how it went.
+        record: what the solver tells of the solve, of the type that the adjoint needs.
     """
 
     f: Evaluator
@@ -42,6 +43,7 @@ class Problem:
     max_steps: int
     on_failure: str
     stats: AdjointStats
+    record: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Adjoint(ABC):
     name: ClassVar[str]
     #: Whether the solver's own steps carry the gradient, so that the loop must run with gradients enabled.
     unrolls: ClassVar[bool] = False
+    #: The type of the record that the solver must hand over, see `deqkit.solvers.base.Solver.record`; None: none.
+    needs: ClassVar[type | None] = None
 
     def prepare(self, f: Evaluator) -> Evaluator:
         """The map that the loop evaluates."""
@@ -117,8 +121,9 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "an approximate adjoint (jfb, neumann, phantom) cannot be differentiated twice: the second derivative "
-            "would lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True is needed."
+            "an approximate adjoint (jfb, neumann, phantom, shine) cannot be differentiated twice: the second "
+            "derivative would lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True "
+            "is needed."
         )
 
 

@@ -91,7 +91,7 @@ class ImplicitAdjoint(Adjoint):
             tangents = [forward_ad.unpack_dual(b).tangent for b in fx]
             return tuple(torch.zeros_like(b) if t is None else t for t, b in zip(tangents, x, strict=True))
 
-        v = self._run(problem, tangent_of_f, tuple(torch.zeros_like(b) for b in x), "tangent solve")
+        v = self.run(problem, tangent_of_f, tuple(torch.zeros_like(b) for b in x), "tangent solve")
         return tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True))
 
     def termination(self, problem: Problem) -> Termination:
@@ -107,11 +107,12 @@ class ImplicitAdjoint(Adjoint):
 
     def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
         """The fixed point of u = J^T u + g, without gradient; starts from u = g."""
-        return self._run(
+        return self.run(
             problem, lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), g, "adjoint solve"
         )
 
-    def _run(self, problem: Problem, linear_map: Callable[[Blocks], Blocks], start: Blocks, what: str) -> Blocks:
+    def run(self, problem: Problem, linear_map: Callable[[Blocks], Blocks], start: Blocks, what: str) -> Blocks:
+        """The fixed point of a linear map, without gradient, entered in ``problem.stats``; ``what`` it is called."""
         f = Evaluator(linear_map, StateLayout(start, batch_dims=1), keeps_tangents=True)
         solver, termination = make_solver(self.solver), self.termination(problem)
         with torch.no_grad():

@@ -9,18 +9,19 @@ AAAI 2022, arXiv 2103.12803). For a contraction with factor c the error of u is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, refuse_double_backward, vjp
+from deqkit.adjoints.approximate import ApproximateAdjoint, Graph
+from deqkit.adjoints.base import Problem, vjp
 from deqkit.solvers.base import require_int
-from deqkit.state import Blocks, without_autocast
+from deqkit.state import Blocks
 
 
 @dataclass(frozen=True)
-class NeumannAdjoint(Adjoint):
+class NeumannAdjoint(ApproximateAdjoint):
     """Approximate gradients from the first terms of the Neumann series.
 
     Args:
@@ -37,13 +38,16 @@ class NeumannAdjoint(Adjoint):
     def __post_init__(self) -> None:
         require_int(self, "num_terms", minimum=1)
 
-    def attach(self, problem: Problem, x: Blocks) -> Blocks:
-        """``x`` with an approximate gradient."""
-        at = Evaluation.of(problem.f, x)
-        if not at.dependencies.any:
-            return x
-        products = ProductGraph(at.dependencies)
-        return _Neumann.apply(self.num_terms, problem, products, len(x), *at.x, *at.fx)  # pyright: ignore[reportReturnType]
+    def cotangent(self, problem: Problem, graph: Graph, g: Blocks, kept: tuple[Tensor, ...]) -> Blocks:
+        """The first terms of the series."""
+        if self.num_terms == 1:
+            return g
+        x, fx = graph()
+        u = term = g
+        for _ in range(self.num_terms - 1):
+            term = vjp(fx, x, term)
+            u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
+        return u
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,3 @@ class JFB(NeumannAdjoint):
 
     name: ClassVar[str] = "jfb"
     num_terms: int = field(default=1, init=False)
-
-
-class _Neumann(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, num_terms: int, problem: Problem, products: ProductGraph, n: int, *tensors: Tensor) -> Any:
-        ctx.num_terms, ctx.problem, ctx.products, ctx.n = num_terms, problem, products, n
-        ctx.save_for_backward(*tensors)
-        return tuple(x.clone() for x in tensors[:n])
-
-    @staticmethod
-    def backward(ctx: Any, *g: Any) -> Any:
-        refuse_double_backward()
-        n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
-        x, fx = saved[:n], saved[n:]
-        with without_autocast(ctx.problem.f.layout.device):
-            if ctx.num_terms > 1:
-                x, fx = ctx.products.graph(ctx.problem, x, fx)
-            u = term = g
-            for _ in range(ctx.num_terms - 1):
-                term = vjp(fx, x, term)
-                u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
-        return (None, None, None, None, *(None for _ in x), *u)
