@@ -7,6 +7,7 @@ from deqkit.adjoints import (
     ImplicitAdjoint,
     NeumannAdjoint,
     PhantomAdjoint,
+    ReversibleAdjoint,
     ShineAdjoint,
     UnrolledAdjoint,
 )
@@ -35,6 +36,7 @@ from deqkit.solvers import (
     Broyden,
     FixedPointIteration,
     NewtonKrylov,
+    ReversibleIteration,
     Solver,
 )
 from deqkit.spectral import Estimate, eigenvalues, frobenius_norm, spectral_norm, spectral_radius
@@ -64,6 +66,8 @@ __all__ = [
     "NeumannAdjoint",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ReversibleAdjoint",
+    "ReversibleIteration",
     "ShineAdjoint",
     "Schedule",
     "Solution",

@@ -85,7 +85,7 @@ def test_fixed_steps_in_one_graph_with_gradients() -> None:
     torch.testing.assert_close(gradients(net, out), gradients(net, net(inputs)))
 
 
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "bicgstab", "reversible"])
 def test_export(solver: str) -> None:
     net, inputs = Net(solver=solver, **FIXED).eval(), torch.randn(3, 6)
     program = torch.export.export(net, (inputs,))
@@ -122,7 +122,7 @@ def test_inference_mode() -> None:
     [torch.zeros(1, 1).expand(4, 6), torch.zeros(6, 4).T, torch.zeros(8, 12)[::2, ::2]],
     ids=["expanded", "transposed", "strided"],
 )
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov"])
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov", "bicgstab", "reversible"])
 def test_memory_layouts(x0: torch.Tensor, solver: str) -> None:
     b = torch.randn(4, 6)
     sol = deqkit.solve(lambda x: 0.5 * x + b, x0, solver=solver, rtol=1e-6)
@@ -130,10 +130,10 @@ def test_memory_layouts(x0: torch.Tensor, solver: str) -> None:
     torch.testing.assert_close(sol.value, 2 * b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov", "auto"])
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "newton_krylov", "auto", "reversible"])
 def test_a_single_number(solver: str) -> None:
     sol = deqkit.solve(
-        torch.cos, torch.tensor(0.5, dtype=torch.float64), batch_dims=0, solver=solver, rtol=1e-12, max_steps=100
+        torch.cos, torch.tensor(0.5, dtype=torch.float64), batch_dims=0, solver=solver, rtol=1e-12, max_steps=150
     )
     assert sol.value.shape == () and sol.value.item() == pytest.approx(0.7390851332151607, rel=1e-10)
 

@@ -68,6 +68,10 @@ def test_healthy() -> None:
     assert by_name["implicit"].relative_error is not None and by_name["implicit"].relative_error < 1e-3
     assert by_name["unrolled"].relative_error is not None and by_name["unrolled"].relative_error < 1e-2
     assert by_name["unrolled"].through and not by_name["implicit"].through
+    # These build on what one kind of solver records.
+    assert by_name["shine"].through in ("anderson", "broyden") and by_name["reversible"].through == "reversible"
+    assert by_name["shine"].cosine is not None and by_name["shine"].cosine > 0.5
+    assert by_name["reversible"].relative_error is not None and by_name["reversible"].relative_error < 1e-2
     assert by_name["jfb"].cosine is not None and 0.5 < by_name["jfb"].cosine < 0.999
     assert by_name["implicit"].num_products is not None and by_name["implicit"].num_products > 3
 
@@ -339,6 +343,13 @@ def test_affine(dtype: torch.dtype) -> None:
 def test_solvers_for_linear_equations_say_so() -> None:
     for solver in SOLVERS.values():
         assert solver.for_affine == ("for an f that is affine in x" in (solver.__doc__ or "")), solver
+
+
+def test_an_adjoint_without_a_solver_that_it_builds_on() -> None:
+    f, x0, args = patients.expanding()
+    d = deqkit.diagnose(f, x0, args=args, solvers=["anderson"], adjoints=["shine", "reversible"])
+    assert d.adjoints[0].through == "anderson" and d.adjoints[0].relative_error is not None
+    assert d.adjoints[1].exception == "no solver that it builds on converges"
 
 
 def test_gmres_where_it_is_asked_for() -> None:

@@ -102,6 +102,8 @@ def test_a_graph_of_the_callers_is_left_whole() -> None:
 
 def test_an_adjoint_that_cannot_be_compared_at_a_point_says_why() -> None:
     x, args = solved(0.5)
+    with pytest.raises(ValueError, match="adjoint='reversible' differentiates the steps towards x"):
+        deqkit.gradient_error(tanh_layer, x, "reversible", args=args)
     with pytest.raises(ValueError, match="adjoint='shine' builds on what solver='fixed_point' does not record"):
         deqkit.gradient_error(tanh_layer, x, "shine", args=args, solver="fixed_point")
     with pytest.raises(ValueError, match="x0 must have the structure and the shapes of x"):

@@ -145,6 +145,14 @@ ZERO = torch.zeros(2, 3)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown solver": ({"solver": "newton"}, ValueError, r"unknown solver 'newton'.*anderson.*broyden.*fixed_point"),
     "solver class": ({"solver": deqkit.Anderson}, TypeError, r"call it: Anderson\(\)"),
+    "shine without an inverse": (
+        {"solver": "fixed_point", "adjoint": "shine"}, ValueError,
+        r"adjoint='shine' builds on what solver='fixed_point' does not record.*\['anderson', 'broyden'\]",
+    ),
+    "shine in stages": ({"solver": "auto", "adjoint": "shine"}, ValueError, "solver='auto' does not record"),
+    "reversible adjoint of another solver": (
+        {"adjoint": "reversible"}, ValueError, r"solver='anderson' does not record: .*\['reversible'\]"
+    ),
     "unknown adjoint": ({"adjoint": "magic"}, ValueError, r"unknown adjoint 'magic'.*implicit.*jfb"),
     "adjoint class": ({"adjoint": deqkit.JFB}, TypeError, r"call it: JFB\(\)"),
     "unknown keyword": ({"tol": 1e-3}, TypeError, "tol"),
@@ -188,6 +196,12 @@ def test_refused_settings(case: str) -> None:
         (lambda: deqkit.NeumannAdjoint(num_terms=0), "num_terms"),
         (lambda: deqkit.PhantomAdjoint(num_steps=0), "num_steps"),
         (lambda: deqkit.PhantomAdjoint(damping=-0.1), "damping"),
+        (lambda: deqkit.ShineAdjoint(refine_steps=-1), "ShineAdjoint: refine_steps"),
+        (lambda: deqkit.ShineAdjoint(fallback_ratio=0.0), "fallback_ratio"),
+        (lambda: deqkit.ShineAdjoint(solver="cg"), "unknown solver 'cg'"),
+        (lambda: deqkit.ReversibleIteration(damping=0.0), r"damping must be in \(0, 1\)"),
+        (lambda: deqkit.ReversibleIteration(damping=1.0), "damping"),
+        (lambda: deqkit.Broyden(line_search=-1), "Broyden: line_search"),
     ],
 )
 def test_refused_solver_and_adjoint_settings(make: Any, words: str) -> None:

@@ -24,11 +24,13 @@ SOLVERS = {
     "broyden_short": deqkit.Broyden(history=3),
     "broyden_1": deqkit.Broyden(history=1),
     "broyden_bad": deqkit.Broyden(variant="bad"),
+    "broyden_searching": deqkit.Broyden(history=20, line_search=2),
     "anderson_type_1": deqkit.Anderson(history=8, type=1),
     "auto": deqkit.Auto(),
     "auto_short": deqkit.Auto((deqkit.FixedPointIteration(), deqkit.Anderson(history=3))),
     "newton_krylov": deqkit.NewtonKrylov(),
     "newton_krylov_short": deqkit.NewtonKrylov(history=3),
+    "reversible": deqkit.ReversibleIteration(),
 }
 
 
@@ -79,8 +81,12 @@ def test_returned_point_is_the_best_visited(solver: str) -> None:
         assert torch.equal(sol.value[sample], visited[step].value[sample])
 
 
-@pytest.mark.parametrize("adjoint", ["implicit", "jfb", "neumann", "phantom", "unrolled"])
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [(s, a) for s in ("fixed_point", "anderson", "broyden") for a in ("implicit", "jfb", "neumann", "phantom")]
+    + [("anderson", "shine"), ("broyden", "shine"), ("fixed_point", "unrolled"), ("anderson", "unrolled")]
+    + [("broyden", "unrolled"), ("reversible", "reversible"), ("reversible", "unrolled")],
+)
 def test_value_is_the_same_with_and_without_gradients(solver: str, adjoint: str) -> None:
     eq = tanh()
     a, b = (t.clone().requires_grad_() for t in eq.args)
@@ -159,7 +165,8 @@ def test_a_bad_sample_costs_its_neighbours_nothing(solver: str) -> None:
     assert torch.isfinite(sol.value).all()
     assert torch.equal(sol.value[[0, 3]], clean.value[[0, 3]])
     assert torch.equal(sol.num_steps[[0, 3]], clean.num_steps[[0, 3]])
-    assert sol.num_steps[1] in (5, 10, 15) and torch.isfinite(sol.residual[1])
+    tries = (5, 10, 15) if SOLVERS[solver].may_retreat else (1,)
+    assert sol.num_steps[1] in tries and torch.isfinite(sol.residual[1])
 
 
 def test_converged_samples_are_frozen() -> None:

@@ -4,12 +4,14 @@ from deqkit.adjoints.base import Adjoint, Problem
 from deqkit.adjoints.implicit import ImplicitAdjoint
 from deqkit.adjoints.neumann import JFB, NeumannAdjoint
 from deqkit.adjoints.phantom import PhantomAdjoint
+from deqkit.adjoints.reversible import ReversibleAdjoint
 from deqkit.adjoints.shine import ShineAdjoint
 from deqkit.adjoints.unrolled import UnrolledAdjoint
 from deqkit.solvers import SOLVERS, Solver
 
 ADJOINTS: dict[str, type[Adjoint]] = {
-    cls.name: cls for cls in (ImplicitAdjoint, NeumannAdjoint, JFB, PhantomAdjoint, ShineAdjoint, UnrolledAdjoint)
+    cls.name: cls
+    for cls in (ImplicitAdjoint, NeumannAdjoint, JFB, PhantomAdjoint, ShineAdjoint, UnrolledAdjoint, ReversibleAdjoint)
 }
 
 
@@ -52,6 +54,7 @@ __all__ = [
     "NeumannAdjoint",
     "PhantomAdjoint",
     "Problem",
+    "ReversibleAdjoint",
     "ShineAdjoint",
     "UnrolledAdjoint",
     "check_record",

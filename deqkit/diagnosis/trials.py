@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deqkit import linalg
-from deqkit.adjoints import Adjoint
+from deqkit.adjoints import Adjoint, UnrolledAdjoint
 from deqkit.api import solve
 from deqkit.diagnosis.checks import in_words
 from deqkit.diagnosis.gradient_checks import saved_bytes
@@ -26,6 +26,7 @@ from deqkit.state import Blocks, StateLayout
 _FINEST = 10  # units of the resolution, to which the fixed point is solved in the end
 _EXACT = 10  # times max_steps: limit of products for the exact gradient, and for the eigenvalues
 _NONE = "no solver converges"
+_UNFIT = "no solver that it builds on converges"
 _ADJOINT_RTOL = 1e-4  # where the solves have only an absolute tolerance
 _DENSE = 64  # numbers in a sample, up to which all of its eigenvalues are had for a product each
 _NUM_EIGENVALUES, _ROUGHLY = 12, 1e-2  # of larger ones, and the relative accuracy that a picture asks for
@@ -242,10 +243,11 @@ def _try_adjoint(
 ) -> AdjointTrial:
     """At the fixed point, or, for an adjoint that is bound to the steps of a solver, through a solve."""
     name = full_name(adjoint)
-    if adjoint.unrolls:
+    if isinstance(adjoint, UnrolledAdjoint) and not adjoint.checkpoint:
         kept = saved_bytes(subject) * (found.num_steps + 1)
-        if kept > _MEMORY and not getattr(adjoint, "checkpoint", False):
+        if kept > _MEMORY:
             return AdjointTrial(name, adjoint, exception=f"not tried: it would keep about {kept / 2**30:.1f} GiB")
+    if adjoint.unrolls or adjoint.needs is not None:
         return _through_a_solve(subject, adjoint, exact, found, settings)
     started = subject.clock()
     try:
@@ -269,6 +271,9 @@ def _through_a_solve(
     for trial in found.ranked:
         if not trial.num_converged:
             break
+        if adjoint.needs is not None and trial.solver.record is not adjoint.needs:
+            problem = problem or _UNFIT
+            continue
         try:
             sol = settings.solve(
                 subject, subject.x0, batch_dims=found.batch_dims, solver=trial.solver, adjoint=adjoint
@@ -276,7 +281,7 @@ def _through_a_solve(
             started, stats = subject.clock(), sol.adjoint_stats
             error = exact.compare_value(adjoint, sol.value, lambda s=stats: s.num_fn_evals if s.solver else None)
         except Exception as failed:
-            problem = problem or in_words(failed)
+            problem = in_words(failed) if problem in ("", _UNFIT) else problem
             continue
         seconds = subject.clock() - started
         return AdjointTrial(

@@ -7,9 +7,11 @@ from deqkit.solvers.bicgstab import BiCGSTAB
 from deqkit.solvers.broyden import Broyden
 from deqkit.solvers.fixed_point import FixedPointIteration
 from deqkit.solvers.newton_krylov import GMRES, NewtonKrylov
+from deqkit.solvers.reversible import ReversibleIteration
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, BiCGSTAB, Auto)
+    cls.name: cls
+    for cls in (FixedPointIteration, Anderson, Broyden, NewtonKrylov, GMRES, BiCGSTAB, ReversibleIteration, Auto)
 }
 
 # One object serves any number of solves. Dynamo can take one from here, but cannot make an Auto.
@@ -43,6 +45,7 @@ __all__ = [
     "FixedPointIteration",
     "NewtonKrylov",
     "Point",
+    "ReversibleIteration",
     "Solver",
     "SolverState",
     "make_solver",
