@@ -104,7 +104,7 @@ def load(checkpoint: Path, data_root: Path | None, images: int | None, device: s
         raise DetectorError(str(error)) from error
     if not isinstance(module.neck, ImplicitFPN):
         raise DetectorError(f"{checkpoint} holds a detector with the neck {module.config.neck!r}: nothing to solve")
-    remembered: dict[str, Any] = module.hparams["data"]
+    remembered: dict[str, Any] = module.data
     if data_root is None:
         if "root" not in remembered:
             raise DetectorError(f"{checkpoint} does not say what data it was trained on: give --data")

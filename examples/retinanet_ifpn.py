@@ -21,25 +21,26 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from adapters.detection.data import CocoDataModule, DataError, SyntheticSettings, generate_dataset
 from adapters.detection.data.synthetic import CONTENTS, MANIFEST
 from adapters.detection.evaluation import CocoEvaluation, format_metric
 from adapters.detection.files import written_whole
 from adapters.detection.training import (
-    NECKS,
     DetectionModule,
     DetectorConfig,
-    MovableCheckpoint,
     Schedule,
     SolverFigures,
     StepTimer,
+    best_checkpoint,
+    last_checkpoint,
     load_checkpoint,
+    make_loggers,
 )
 from adapters.detection.visualize import draw_detections, draw_feature_maps, draw_residual_trace
 
 TITLES = {"ifpn": "i-FPN", "fpn": "FPN"}
+NECKS = tuple(TITLES)
 RESIDUALS = ("median_residual", "worst_residual")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SUMMARY, TABLE, SETTINGS = "summary.json", "summary.csv", "settings.json"
@@ -169,9 +170,10 @@ def check_model(args: argparse.Namespace, necks: list[str]) -> None:
 
 
 def detector(args: argparse.Namespace, num_classes: int, neck: str) -> DetectorConfig:
+    given = {"solver": args.solver, "max_steps": args.max_steps, "rtol": args.rtol} if neck == "ifpn" else {}
     return DetectorConfig(
-        num_classes, neck, args.arch, args.neck_channels, args.image_size,
-        solver=args.solver, max_steps=args.max_steps, rtol=args.rtol,
+        num_classes, neck, backbone=args.arch, neck_channels=args.neck_channels, image_size=args.image_size,
+        neck_settings={name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
 
 
@@ -234,11 +236,7 @@ def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> De
     config = detector(args, data.train_dataset.num_classes, neck)
     total = args.epochs * steps_per_epoch(args, data)
     schedule = Schedule(total, lr=args.lr, warmup_steps=min(100, max(1, total // 10)), seed=args.seed)
-    remembered = {
-        "root": str(data.root.resolve()), "categories": dict(data.train_dataset.categories),
-        "batch_size": args.batch_size, "limit_val_images": data.limit_val_images,
-    }  # fmt: skip
-    return DetectionModule(asdict(config), asdict(schedule), remembered, args.weights_backbone)
+    return DetectionModule(config, schedule, args.weights_backbone, data.describe())
 
 
 def steps_per_epoch(args: argparse.Namespace, data: CocoDataModule) -> int:
@@ -263,24 +261,19 @@ def train(args: argparse.Namespace, data: CocoDataModule, neck: str) -> dict[str
     val = data.val_dataset
     evaluation = CocoEvaluation(val.ground_truth(), val.category_of_label, folder / "detections.json")
     figures, timer = SolverFigures(), StepTimer()
-    checkpoints, parts = folder / "checkpoints", len(list((folder / "csv").rglob("metrics.csv")))
-    part = f"resumed_{parts}" if parts else ""  # the CSV logger would delete what it finds
-    last = MovableCheckpoint(checkpoints, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = MovableCheckpoint(
-        checkpoints, filename="best", monitor="val/AP", mode="max", save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )  # fmt: skip
     trainer = L.Trainer(
         accelerator=args.device, devices=1, max_epochs=args.epochs, gradient_clip_val=10.0, num_sanity_val_steps=0,
         check_val_every_n_epoch=validation_interval(args.epochs),
         log_every_n_steps=min(10, steps_per_epoch(args, data)),
         reload_dataloaders_every_n_epochs=1, enable_model_summary=False,
-        logger=[CSVLogger(folder, name="csv", version=part), TensorBoardLogger(folder, name="tensorboard", version="")],
+        logger=make_loggers(folder),
         callbacks=[
-            evaluation, figures, timer, last, best, LearningRateMonitor("step"), TQDMProgressBar(refresh_rate=5)
+            evaluation, figures, timer, last_checkpoint(folder, save_on_train_epoch_end=True), best_checkpoint(folder),
+            LearningRateMonitor("step"), TQDMProgressBar(refresh_rate=5),
         ],
     )  # fmt: skip
-    start = checkpoints / "last.ckpt" if args.resume and (checkpoints / "last.ckpt").exists() else None
+    last = folder / "checkpoints" / "last.ckpt"
+    start = last if args.resume and last.exists() else None
     if start is not None:
         trained_model(args, neck)  # says in one line what is wrong with it
     try:

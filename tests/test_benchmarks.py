@@ -235,15 +235,17 @@ def test_unusable_arguments_end_in_one_clear_line(modules, arguments, message, t
 def save_detector(folder, **config):
     """A small set of images and the checkpoint of an untrained detector for it."""
     from adapters.detection.data import SyntheticSettings, generate_dataset
-    from adapters.detection.training import DetectionModule
+    from adapters.detection.training import DetectionModule, DetectorConfig, Schedule
 
     root = folder / "data"
     generate_dataset(root, SyntheticSettings(train_images=1, val_images=5, image_size=96), progress=False)
     torch.manual_seed(0)
-    settings = {"num_classes": 5, "neck_channels": 16, "image_size": 96, "max_steps": 4} | config
-    module = DetectionModule(settings, {"total_steps": 1}, {"root": str(root)})
+    settings = {"num_classes": 5, "neck_channels": 16, "image_size": 96, "neck_settings": {"max_steps": 4}} | config
+    module = DetectionModule(DetectorConfig(**settings), Schedule(1), data={"root": str(root)})
     path = folder / "model.ckpt"
-    torch.save({"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}, path)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
     return path
 
 
@@ -282,7 +284,7 @@ def test_detector_neck_is_left_as_it_was(modules, tmp_path):
 
 def test_a_detector_may_use_a_solver_that_the_command_line_does_not_know(modules, tmp_path):
     options, steps = modules["options"], modules["detector_steps"]
-    detector = steps.load(save_detector(tmp_path, solver="auto"), None, 1, "cpu")
+    detector = steps.load(save_detector(tmp_path, neck_settings={"solver": "auto", "max_steps": 4}), None, 1, "cpu")
     solver = options.named(detector.neck.solver)
     assert solver.label == "auto" and solver.solver == deqkit.Auto()
     assert [row.solver for row in steps.sweep(detector, [solver], [2], lambda: None)] == ["own settings", "auto"]
@@ -292,7 +294,7 @@ def test_a_detector_may_use_a_solver_that_the_command_line_does_not_know(modules
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"neck": "fpn", "max_steps": None}, "neck 'fpn': nothing to solve"), ({"num_classes": 4}, "trained for 3")],
+    [({"neck": "fpn", "neck_settings": {}}, "neck 'fpn': nothing to solve"), ({"num_classes": 4}, "trained for 3")],
 )
 def test_unusable_detectors_are_refused(modules, tmp_path, capsys, config, message):
     checkpoint = save_detector(tmp_path, **config)

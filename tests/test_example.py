@@ -80,7 +80,7 @@ def test_end_to_end(example, tmp_path, capsys):
     summary = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["neck"] for row in summary] == ["ifpn", "fpn"]
     checkpoint = torch.load(out / "ifpn" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert Path(checkpoint["hyper_parameters"]["data"]["root"]).is_absolute()  # the benchmark starts anywhere
+    assert Path(checkpoint["detection"]["data"]["root"]).is_absolute()  # the benchmark starts anywhere
     assert 1 <= summary[0]["mean_steps"] <= 20 and "mean_steps" not in summary[1]
     for neck in ("ifpn", "fpn"):
         for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "csv/metrics.csv", "detections.json"):

@@ -1,4 +1,4 @@
-"""Detection data: any set in the COCO-2017 layout, and a generator of synthetic ones."""
+"""Detection data: sets in the layout of COCO-2017 or Pascal VOC, and a generator of synthetic ones."""
 
 from adapters.detection.data.coco import (
     BoxReport,
@@ -12,6 +12,7 @@ from adapters.detection.data.coco import (
 )
 from adapters.detection.data.module import CocoDataModule
 from adapters.detection.data.synthetic import SyntheticSettings, generate_dataset
+from adapters.detection.data.voc import read_voc
 
 __all__ = [
     "BoxReport",
@@ -24,5 +25,6 @@ __all__ = [
     "generate_dataset",
     "merge_categories",
     "read_annotations",
+    "read_voc",
     "verify_images",
 ]

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
+
+from adapters.detection.data.order import seed_of
 
 TRAIN_SPLIT, VAL_SPLIT = "train2017", "val2017"
 MIN_SIDE = 1e-3  # pixels; a clipped box below it is degenerate
@@ -47,6 +49,7 @@ class BoxReport:
         degenerate: boxes skipped because they are not finite, have no area, or lie outside the image.
         crowd: ``iscrowd`` boxes, which are not trained on and count as "ignore" in the evaluation.
         orphans: annotations of images that are not in the list.
+        unknown: annotations of a category that is not in the list, where these are skipped.
         empty_images: images without any box to train on; they are kept, as negatives.
     """
 
@@ -55,6 +58,7 @@ class BoxReport:
     degenerate: int = 0
     crowd: int = 0
     orphans: int = 0
+    unknown: int = 0
     empty_images: int = 0
 
     def __str__(self) -> str:
@@ -64,6 +68,7 @@ class BoxReport:
             (self.degenerate, "degenerate and skipped"),
             (self.crowd, "crowd (not trained on)"),
             (self.orphans, "of unlisted images, ignored"),
+            (self.unknown, "of unknown categories, ignored"),
         ):
             parts += [f"{count} {what}"] if count else []
         if self.empty_images:
@@ -81,6 +86,7 @@ class CocoAnnotations:
         annotations: Annotation entries per image id.
         categories: Name per category id, by ascending id.
         orphans: Annotations of images that are not listed.
+        unknown: Annotations of categories that are not listed.
     """
 
     path: Path
@@ -88,21 +94,31 @@ class CocoAnnotations:
     annotations: dict[Any, list[dict[str, Any]]]
     categories: dict[int, str]
     orphans: int = 0
+    unknown: int = 0
 
     def head(self, count: int | None) -> CocoAnnotations:
         """The same with the first ``count`` images only (None: all)."""
         if count is None or count >= len(self.images):
             return self
-        images = self.images[:count]
-        kept = {image["id"]: self.annotations[image["id"]] for image in images}
-        return CocoAnnotations(self.path, images, kept, self.categories, self.orphans)
+        return self._only(self.images[:count])
+
+    def without(self, ids: Collection[Any]) -> CocoAnnotations:
+        """The same without the images of these ids."""
+        return self._only([image for image in self.images if image["id"] not in ids])
+
+    def _only(self, images: list[dict[str, Any]]) -> CocoAnnotations:
+        return replace(
+            self, images=images, annotations={image["id"]: self.annotations[image["id"]] for image in images}
+        )
 
 
-def read_annotations(path: str | Path) -> CocoAnnotations:
+def read_annotations(path: str | Path, *, skip_unknown: bool = False, annotated: bool = True) -> CocoAnnotations:
     """Reads and checks a COCO annotation file.
 
     Args:
         path: The json file.
+        skip_unknown: Leave out and count annotations of a category that is not listed, in place of an error.
+        annotated: Whether the file must have annotations; those of test sets list images and categories alone.
 
     Returns:
         Its content.
@@ -120,6 +136,8 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
     except ValueError as error:  # covers undecodable bytes as well
         raise DataError(f"annotation file {path} is not valid json: {error}") from None
     images = _entries(path, content, "images", ("id", "file_name", "width", "height"))
+    if not annotated and isinstance(content, dict):
+        content.setdefault("annotations", [])
     entries = _entries(path, content, "annotations", ("image_id", "category_id", "bbox"))
     category_entries = _entries(path, content, "categories", ("id", "name"))
     _check_ids(path, "images", images)
@@ -133,10 +151,14 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
             raise DataError(f"annotation file {path}: file_name {image['file_name']!r} is not a string")
         if not _positive(image["width"]) or not _positive(image["height"]):
             raise DataError(f"annotation file {path}: image {image['file_name']} has no positive width and height")
+    unknown = 0
     for entry in entries:
         if not _is_id(entry["image_id"]):
             raise DataError(f"annotation file {path}: image_id {entry['image_id']!r} is not a number or a string")
         if not _is_id(entry["category_id"]) or entry["category_id"] not in categories:
+            if skip_unknown:
+                unknown += 1
+                continue
             raise DataError(f"annotation file {path}: category_id {entry['category_id']!r} is not in its categories")
         for name in ("area", "iscrowd"):
             if not isinstance(entry.get(name), int | float | None):
@@ -145,7 +167,7 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
             raise DataError(f"annotation file {path}: bbox {entry['bbox']!r} is not a list of four numbers")
         by_image.get(entry["image_id"], []).append(entry)
     orphans = sum(entry["image_id"] not in by_image for entry in entries)
-    return CocoAnnotations(path, images, by_image, dict(sorted(categories.items())), orphans)
+    return CocoAnnotations(path, images, by_image, dict(sorted(categories.items())), orphans, unknown)
 
 
 def _entries(path: Path, content: Any, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -224,16 +246,21 @@ def verify_images(annotations: CocoAnnotations, folder: str | Path, *, progress:
     Raises:
         DataError: An image is missing, unreadable, truncated, or not of the size that the annotation file gives.
     """
+    found = list(find_bad_images(annotations, folder, progress=progress).values())
+    if found:
+        more = f" (and {len(found) - 1} more such images)" if len(found) > 1 else ""
+        raise DataError(found[0] + more)
+
+
+def find_bad_images(annotations: CocoAnnotations, folder: str | Path, *, progress: bool = True) -> dict[Any, str]:
+    """What is wrong with images that cannot be used, in a line each, by image id; see `verify_images`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"image folder not found: {folder}")
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         faults = pool.map(lambda image: _image_fault(folder, image), annotations.images)
         bar = tqdm(faults, f"checking {folder.name}", len(annotations.images), unit="img", disable=not progress)
-        found = [fault for fault in bar if fault]
-    if found:
-        more = f" (and {len(found) - 1} more such images)" if len(found) > 1 else ""
-        raise DataError(found[0] + more)
+        return {image["id"]: fault for image, fault in zip(annotations.images, bar, strict=True) if fault}
 
 
 def _image_fault(folder: Path, entry: Mapping[str, Any]) -> str | None:
@@ -286,6 +313,8 @@ class CocoDetection(Dataset):
     Attributes:
         class_names: Name of every label, "background" first.
         box_report: What became of the annotations.
+        seed: Where the draws of ``transforms`` for an image start from, together with its index. None: they come from
+            the global random numbers.
     """
 
     def __init__(
@@ -303,7 +332,8 @@ class CocoDetection(Dataset):
         self.label_of_category = {category: label + 1 for label, category in enumerate(self.categories)}
         self.class_names = ("background", *self.categories.values())
         self.transforms = transforms
-        self.box_report = BoxReport(orphans=annotations.orphans)
+        self.box_report = BoxReport(orphans=annotations.orphans, unknown=annotations.unknown)
+        self.seed: int | None = None
         self._targets = [self._read_target(image) for image in annotations.images]
 
     @property
@@ -327,7 +357,10 @@ class CocoDetection(Dataset):
         boxes = tv_tensors.BoundingBoxes(boxes.clone(), format="XYXY", canvas_size=frame)  # type: ignore[call-overload]
         target = {"boxes": boxes, "labels": labels.clone(), "image_id": entry["id"]}
         if self.transforms is not None:
-            image, target = self.transforms(image, target)
+            with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+                if self.seed is not None:
+                    torch.manual_seed(seed_of(self.seed, index))
+                image, target = self.transforms(image, target)
         target["boxes"] = target["boxes"].as_subclass(Tensor)
         return v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), target
 

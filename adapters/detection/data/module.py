@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,50 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from adapters.detection.data.coco import (
-    CocoDetection,
-    DataError,
-    find_splits,
-    merge_categories,
-    read_annotations,
-    verify_images,
-)
+from adapters.detection.data.coco import CocoDetection, DataError, find_bad_images, merge_categories, verify_images
+from adapters.detection.data.order import BatchOrder, epoch_order, seed_of
+from adapters.detection.data.splits import Split, read_splits, read_test_split
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
+BAD_DATA = ("error", "skip")
+
 
 class CocoDataModule(L.LightningDataModule):
-    """Train and validation split of a folder in the COCO-2017 layout.
+    """Train and validation split of a folder in the layout of COCO or of Pascal VOC.
 
-    The order of the training images depends on the seed and the epoch only, so that a resumed run sees the same
-    batches as an uninterrupted one. That needs ``Trainer(reload_dataloaders_every_n_epochs=1)``.
+    The order of the training images and their augmentation depend on the seed and the epoch only, so that a resumed run
+    sees the same batches as an uninterrupted one, however many processes load them. That needs
+    ``Trainer(reload_dataloaders_every_n_epochs=1)`` and, with several ranks, ``use_distributed_sampler=False``: every
+    rank has its own share here.
 
     Args:
-        root: The folder.
-        batch_size: Images per batch.
+        root: The folder, see `adapters.detection.data.splits.read_splits`.
+        batch_size: Images per batch and process.
         num_workers: Processes that load images; 0 loads them in the main process.
         seed: Seed of the order of the images.
         flip_probability: Probability of the horizontal flip that augments the training images.
+        group_by_aspect: Batches of upright or of wide images only, which need less padding.
+        train_split: Name of the split for training. Default: "train2017"; VOC: "train" or "trainval".
+        val_split: Name of the split for validation. Default: "val2017"; VOC: "val" or "test".
+        test_split: Name of the split for ``test``, such as "test-dev2017"; it needs no annotations. Default: that of
+            the validation.
         limit_train_images: Use the first images only (None: all).
         limit_val_images: The same for the validation.
         verify: Whether `setup` decodes every image once, to find bad ones before the training.
+        bad_data: "error": an image that is missing, unreadable or not of the size in its annotation, or an annotation
+            of an unknown category, is a `DataError`. "skip": it is left out and counted. (Boxes without area are left
+            out and counted in any case: COCO has some.)
         progress: Whether to show a progress bar while doing so.
 
     Attributes:
         train_dataset: The training images, after `setup`.
         val_dataset: The validation images, after `setup`.
         single_split: The name of the split when one has to serve for both, else None.
+        skipped: What was wrong with every image that was left out, a line each.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range or a name is not known.
     """
 
     train_dataset: CocoDetection
@@ -61,9 +70,14 @@ class CocoDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         flip_probability: float = 0.5,
+        group_by_aspect: bool = False,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
         limit_train_images: int | None = None,
         limit_val_images: int | None = None,
         verify: bool = True,
+        bad_data: str = "error",
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -71,17 +85,43 @@ class CocoDataModule(L.LightningDataModule):
         for name, value in {"batch_size": batch_size, **limits}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        if not 0 <= flip_probability <= 1:
+            raise ValueError(f"flip_probability must be between 0 and 1, got {flip_probability}")
+        if bad_data not in BAD_DATA:
+            raise ValueError(f"unknown bad_data {bad_data!r}: choose one of {list(BAD_DATA)}")
         self.root = Path(root)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.flip_probability = flip_probability
+        self.group_by_aspect = group_by_aspect
+        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.limit_train_images = limit_train_images
         self.limit_val_images = limit_val_images
         self.verify = verify
+        self.bad_data = bad_data
         self.progress = progress
         self.single_split: str | None = None
+        self.skipped: list[str] = []
         self._is_set_up = False
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, the background included; sets the data up."""
+        self.setup()
+        return self.train_dataset.num_classes
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint should remember of the data: plain values only."""
+        self.setup()
+        return {
+            "root": str(self.root.resolve()),
+            "categories": dict(self.train_dataset.categories),
+            "batch_size": self.batch_size,
+            "limit_val_images": self.limit_val_images,
+        }
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the annotation files and, with ``verify``, checks the images.
@@ -91,66 +131,118 @@ class CocoDataModule(L.LightningDataModule):
         """
         if self._is_set_up:
             return
-        train_split, val_split = find_splits(self.root)
-        train = read_annotations(self._annotation_file(train_split))
-        if train_split == val_split:
-            self.single_split, val = train_split, train
-        else:
-            val = read_annotations(self._annotation_file(val_split))
-        categories = merge_categories(train, val)
-        train, val = train.head(self.limit_train_images), val.head(self.limit_val_images)
-        if self.verify:
-            checks = [(train, train_split), (val, val_split)]
-            if self.single_split:  # one selection is part of the other
-                checks = [max(checks, key=lambda check: len(check[0].images))]
-            for annotations, split in checks:
-                verify_images(annotations, self.root / split, progress=self.progress)
+        skip = self.bad_data == "skip"
+        train, val = read_splits(self.root, self.train_split, self.val_split, skip_unknown=skip)
+        self.single_split = train.name if train.name == val.name else None
+        categories = merge_categories(train.annotations, val.annotations)
+        train, val = self._usable(_head(train, self.limit_train_images), _head(val, self.limit_val_images))
         flip = v2.RandomHorizontalFlip(self.flip_probability)
-        self.train_dataset = CocoDetection(train, self.root / train_split, categories=categories, transforms=flip)
-        self.val_dataset = CocoDetection(val, self.root / val_split, categories=categories)
+        self.train_dataset = CocoDetection(train.annotations, train.folder, categories=categories, transforms=flip)
+        self.val_dataset = CocoDetection(val.annotations, val.folder, categories=categories)
         if self.train_dataset.box_report.used == 0:
-            raise DataError(f"annotation file {train.path} has no usable box for the images: nothing to train on")
+            raise DataError(
+                f"annotation file {train.annotations.path} has no usable box for the images: nothing to train on"
+            )
         truth = self.val_dataset.ground_truth()["annotations"]
         if not any(not entry["iscrowd"] and min(entry["bbox"][2:]) > 0 for entry in truth):
-            raise DataError(f"annotation file {val.path} has no usable box for the images: nothing to evaluate on")
+            raise DataError(
+                f"annotation file {val.annotations.path} has no usable box for the images: nothing to evaluate on"
+            )
         self._is_set_up = True
+
+    def _usable(self, train: Split, val: Split) -> tuple[Split, Split]:
+        """The splits, their images checked; bad ones raise or are left out."""
+        if not self.verify:
+            return train, val
+        if self.single_split:  # one selection is part of the other
+            larger = max(train, val, key=lambda split: len(split.annotations.images))
+            bad = self._bad_images(larger)
+            return _without(train, bad), _without(val, bad)
+        return _without(train, self._bad_images(train)), _without(val, self._bad_images(val))
+
+    def _bad_images(self, split: Split) -> dict[Any, str]:
+        if self.bad_data == "error":
+            verify_images(split.annotations, split.folder, progress=self.progress)
+            return {}
+        bad = find_bad_images(split.annotations, split.folder, progress=self.progress)
+        if len(bad) == len(split.annotations.images):
+            raise DataError(f"no image of the split {split.name} can be used; the first: {next(iter(bad.values()))}")
+        if bad:
+            self.skipped += bad.values()
+            warnings.warn(
+                f"{split.name}: {len(bad)} images are left out; the first: {self.skipped[-len(bad)]}", stacklevel=2
+            )
+        return bad
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the current epoch; a last, incomplete batch is left out if there are others."""
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        seed = hash((self.seed, epoch)) % 2**63
-        # Neither the order nor the workers' seeds may depend on how often Lightning asks for an iterator, which it
-        # does once more in a run that was not resumed: hence a list in place of a sampler that draws when asked.
-        order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        trainer = self.trainer
+        epoch, rank, world_size = (
+            (trainer.current_epoch, trainer.global_rank, trainer.world_size) if trainer else (0, 0, 1)
+        )
+        seed = self.train_dataset.seed = seed_of(self.seed, epoch)
+        images = self.train_dataset.annotations.images
+        groups = [int(image["height"] > image["width"]) for image in images] if self.group_by_aspect else None
+        order = epoch_order(len(images), self.batch_size, seed, rank=rank, world_size=world_size, groups=groups)
         return DataLoader(
             self.train_dataset,
             batch_size=self.batch_size,
-            sampler=order,
-            drop_last=len(self.train_dataset) >= self.batch_size,  # BatchNorm dislikes a batch of one
+            sampler=BatchOrder(order, start=self._batches_seen(len(order)) * self.batch_size),
             num_workers=self.num_workers,
             collate_fn=collate,
-            worker_init_fn=partial(_seed_worker, seed),
-            generator=torch.Generator().manual_seed(seed),  # leaves the global one, which augmentation uses, alone
+            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _batches_seen(self, num_images: int) -> int:
+        """How many batches of the epoch a resumed run has done; Lightning goes on counting, but not loading, there."""
+        trainer = self.trainer
+        if trainer is None or not trainer.fit_loop.restarting:
+            return 0
+        batches = max(1, num_images // self.batch_size)
+        limit = trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit if isinstance(limit, int) else max(1, math.floor(batches * limit)))
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.processed % batches
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the validation images in the order of the file."""
+        """Batches of the validation images in the order of the file; of a rank's share, where there are several."""
+        return self._in_order(self.val_dataset)
+
+    def test_dataloader(self) -> DataLoader:
+        """The same of ``test_split``."""
+        return self._in_order(self.test_dataset)
+
+    @property
+    def test_dataset(self) -> CocoDetection:
+        """The images of ``test_split``, or those of the validation."""
+        self.setup()
+        if self.test_split is None:
+            return self.val_dataset
+        split = read_test_split(self.root, self.test_split)
+        if self.verify:
+            split = _without(split, self._bad_images(split))
+        return CocoDetection(split.annotations, split.folder, categories=self.train_dataset.categories)
+
+    def _in_order(self, dataset: CocoDetection) -> DataLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(
-            self.val_dataset,
+            dataset,
             batch_size=self.batch_size,
+            sampler=range(rank, len(dataset), world_size),
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _annotation_file(self, split: str) -> Path:
-        return self.root / "annotations" / f"instances_{split}.json"
+
+def _head(split: Split, count: int | None) -> Split:
+    return Split(split.name, split.annotations.head(count), split.folder)
 
 
-def _seed_worker(seed: int, worker: int) -> None:
-    """Seeds a loading process; a function of this module, because it is sent there."""
-    torch.manual_seed((seed + worker + 1) % 2**63)
+def _without(split: Split, bad: dict[Any, str]) -> Split:
+    return Split(split.name, split.annotations.without(bad), split.folder) if bad else split
 
 
 def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:

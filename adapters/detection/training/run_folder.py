@@ -1,0 +1,57 @@
+"""What a training leaves in its folder: checkpoints, logs and its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from adapters.detection.training.checkpoints import MovableCheckpoint
+
+__all__ = ["SaveLastStep", "best_checkpoint", "last_checkpoint", "make_loggers"]
+
+
+def make_loggers(folder: Path) -> list[Logger]:
+    """A CSV file and TensorBoard's, in the folder; a resumed run writes a CSV file of its own beside the first."""
+    parts = len(list((folder / "csv").rglob("metrics.csv")))
+    part = f"resumed_{parts}" if parts else ""  # the CSV logger would delete what it finds
+    return [CSVLogger(folder, name="csv", version=part), TensorBoardLogger(folder, name="tensorboard", version="")]
+
+
+def last_checkpoint(folder: Path, **when: Any) -> Callback:
+    """Keeps the state to go on from, ``checkpoints/last.ckpt``.
+
+    Args:
+        folder: Folder of the run.
+        **when: Settings of Lightning's `ModelCheckpoint` that say how often.
+    """
+    return MovableCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False, **when)
+
+
+def best_checkpoint(folder: Path) -> Callback:
+    """Keeps the state with the highest AP, ``checkpoints/best.ckpt``."""
+    return MovableCheckpoint(
+        folder / "checkpoints", filename="best", monitor="val/AP", mode="max", save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )  # fmt: skip
+
+
+class SaveLastStep(Callback):
+    """Keeps the state after the last step in ``checkpoints/last.ckpt``, whatever the interval of `last_checkpoint`.
+
+    Inside the step, where a checkpoint still knows its place in the epoch: a longer training can go on from there.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "checkpoints" / "last.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Saves, if this was the last one."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path)

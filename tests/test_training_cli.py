@@ -1,0 +1,200 @@
+"""`python -m adapters.detection fit|validate|test`: runs, resumes exactly, refuses clearly, works on two processes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.detection.data import SyntheticSettings, generate_dataset
+from adapters.detection.training import load_checkpoint
+from adapters.detection.training.cli import PACKAGE, run
+
+IMAGES = 10
+SMALL = [
+    "--model.weights_backbone=null", "--model.detector.frozen_norm=false", "--model.detector.backbone=resnet18",
+    "--model.detector.image_size=64", "--model.detector.max_size=64", "--model.detector.neck_channels=16",
+    "--data.batch_size=2", "--data.num_workers=0", "--data.verify=false", "--data.progress=false",
+    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1", "--model.schedule.warmup_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    settings = SyntheticSettings(train_images=IMAGES, val_images=3, image_size=64, seed=3)
+    return generate_dataset(folder, settings, progress=False)
+
+
+def command(root, out, *more, steps=7, every=2, method="fit"):
+    fit = [f"--trainer.max_steps={steps}", f"--checkpoint_every={every}", "--trainer.val_check_interval=4"]
+    words = [method, f"--data.root={root}", f"--out={out}", *SMALL, *fit, *more]
+    return [word for word in words if method == "fit" or "schedule" not in word]
+
+
+def process(words, program=("-m", "adapters.detection")):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, *program, *words], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def losses(out):
+    """The loss of every step, over all parts of a run; a step that was done twice must be the same twice."""
+    found = {}
+    for path in sorted(Path(out).rglob("metrics.csv")):
+        for row in csv.DictReader(path.open()):
+            if row["train/loss"]:
+                step = int(row["step"])
+                assert found.setdefault(step, row["train/loss"]) == row["train/loss"], step
+    return found
+
+
+def weights(out):
+    return load_checkpoint(Path(out) / "checkpoints" / "last.ckpt").state_dict()
+
+
+def test_fit_validate_test(root, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(command(root, out, steps=4)) == 0
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert "10 images" in capsys.readouterr().out
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    remembered = torch.load(checkpoint, weights_only=True)["detection"]
+    assert remembered["schedule"]["total_steps"] == 4 and remembered["detector"]["num_classes"] == 5
+    for method in ("validate", "test"):
+        words = [method, f"--config={out / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+        config = (out / "config.yaml").read_text()
+        kept = [line for line in config.splitlines() if not line.startswith(("checkpoint_path", "ckpt_path"))]
+        (out / "config.yaml").write_text("\n".join(kept))
+        assert run(words) == 0
+    assert isinstance(json.loads((out / "val_detections.json").read_text()), list)
+
+
+def test_resume_in_the_middle_of_an_epoch_after_kill(root, tmp_path):
+    """5 batches an epoch; killed soon after the checkpoint of step 3; what follows is compared bit for bit."""
+    varied = ["--model.detector.image_size=[48, 64]", "--data.group_by_aspect=true"]
+    assert run(command(root, tmp_path / "whole", *varied, every=3)) == 0
+    out = tmp_path / "killed"
+    running = process(command(root, out, *varied, every=3))
+    checkpoint, deadline = out / "checkpoints" / "last.ckpt", time.monotonic() + 240
+    while not checkpoint.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    output = running.communicate()[0]
+    assert checkpoint.exists(), output
+    before = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert before == 3
+    assert run(command(root, out, *varied, "--ckpt_path=last", every=3)) == 0
+    whole, resumed = losses(tmp_path / "whole"), losses(out)
+    assert len(whole) == 7 and {step: whole[step] for step in range(3, 7)}.items() <= resumed.items() <= whole.items()
+    expected, found = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 7
+
+
+def test_a_finished_run_can_be_made_longer(root, tmp_path):
+    assert run(command(root, tmp_path / "whole", every=100)) == 0
+    assert run(command(root, tmp_path / "longer", steps=3, every=100)) == 0
+    assert run(command(root, tmp_path / "longer", "--ckpt_path=last", every=100)) == 0
+    assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "longer")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+POISONED = """
+import sys
+import torch
+from adapters.detection.training import DetectionModule
+from adapters.detection.training.cli import run
+
+step = DetectionModule.training_step
+
+def poisoned(self, batch, batch_idx):
+    # An infinite loss with finite gradients, on one rank alone.
+    bad = self.global_rank == 1 and self.global_step == 1
+    add = torch.inf if bad else 0.0
+    hook = self.model.register_forward_hook(lambda m, args, out: {k: v + add for k, v in out.items()})
+    try:
+        return step(self, batch, batch_idx)
+    finally:
+        hook.remove()
+
+def report(self):
+    total = sum(p.double().sum().item() for p in self.parameters())
+    print(f"REPORT {self.global_rank} {self.skipped_steps} {total!r}", flush=True)
+
+DetectionModule.training_step, DetectionModule.on_train_end = poisoned, report
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_two_processes(root, tmp_path):
+    """Every image is evaluated once, the ranks end with the same weights, and a bad step of one is skipped by both."""
+    out, script = tmp_path / "two", tmp_path / "poisoned.py"
+    script.write_text(POISONED)
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.val_check_interval=2"]
+    two += ["--model.detector.options.score_thresh=0.0", "--model.detector.options.detections_per_img=5"]
+    running = process(command(root, out, *two, steps=3), [str(script)])
+    output = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, output
+    found = json.loads((out / "detections.json").read_text())
+    counts = {image: sum(entry["image_id"] == image for entry in found) for image in (1, 2, 3)}
+    assert counts == {1: 5, 2: 5, 3: 5}, output
+    reports = sorted(line.split()[1:] for line in output.splitlines() if line.startswith("REPORT"))
+    assert [report[:2] for report in reports] == [["0", "1"], ["1", "1"]] and reports[0][2] == reports[1][2], output
+    assert len(losses(out)) == 3
+
+
+def test_ema_is_what_is_evaluated(root, tmp_path):
+    out = tmp_path / "ema"
+    assert run(command(root, out, "--ema=0.5", "--trainer.accumulate_grad_batches=2", steps=2)) == 0
+    content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    averaged, current = content["state_dict"], content["current_model_state"]
+    name = next(name for name in averaged if name.endswith("cls_logits.bias"))
+    assert not torch.equal(averaged[name], current[name])
+    assert torch.equal(load_checkpoint(out / "checkpoints" / "last.ckpt").state_dict()[name], averaged[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.max_steps=-1"], "give trainer.max_steps"),
+        (["--checkpoint_every=0"], "checkpoint_every must be at least 1"),
+        (["--ema=1.5"], "ema must be between 0 and 1"),
+        (["--data.val_split=elsewhere"], "instances_elsewhere.json"),
+        (["--backend=fast"], "unknown backend 'fast'"),
+        (["--model.detector.neck=bifpn"], "unknown neck 'bifpn'"),
+        (["--model.detector.neck_settings.solver=newton"], "newton"),
+        (["--model.schedule.milestones=[5, 3]"], "milestones must rise"),
+        (["--model.detector.options.score=1"], "no argument 'score'"),
+        (["--model.detector.depth=3"], "depth"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_unusable_settings_end_in_one_line_and_leave_nothing(root, tmp_path, capsys, words, message):
+    out = tmp_path / "out"
+    try:
+        status = run([*command(root, out), *words])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_run_is_not_written_over(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text("old")
+    assert run(command(root, out)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["config.yaml"] and (out / "config.yaml").read_text() == "old"
