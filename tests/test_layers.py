@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"arrays", "state", "norms", "linalg", "held"},
+    {"arrays", "state", "norms", "linalg", "held", "small_systems"},
     {"errors", "solution", "termination"},
     {"solvers"},
     {"ledger", "loop", "stages"},

@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deqkit import arrays, linalg
+from deqkit import arrays, linalg, small_systems
 from deqkit.arrays import Array
 from deqkit.solvers.base import Point, Safeguard
 from deqkit.solvers.inverse_jacobian import InverseJacobian
@@ -197,14 +197,7 @@ class MultisecantState:
         right = self.left.dot(point.r).to(self.system.dtype)
         if self.safeguard.usable is not None:
             right = torch.where(self.safeguard.usable, right, 0.0)
-        system = self.system[:, :n, :n]
-        if self._symmetric:
-            factor, info = torch.linalg.cholesky_ex(system)
-            gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
-        else:
-            gamma, info = torch.linalg.solve_ex(system, right.unsqueeze(2))
-            gamma = gamma.squeeze(2)
-        return _where_solved(gamma, info)
+        return _where_solved(*small_systems.solve(self.system[:, :n, :n], right, positive_definite=self._symmetric))
 
     @property
     def _symmetric(self) -> bool:
