@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from deqkit import held, stages
-from deqkit.adjoints import Adjoint, Problem, check_record, make_adjoint
+from deqkit import held, levels, stages
+from deqkit.adjoints import Adjoint, Problem, check_record, make_adjoint, solve_at_every_level
 from deqkit.ledger import LoopResult
 from deqkit.loop import StepInfo
 from deqkit.norms import make_norm
 from deqkit.solution import AdjointStats, Solution, report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import as_int
-from deqkit.state import Evaluator, StateLayout, primal, without_autocast
+from deqkit.state import Blocks, Evaluator, StateLayout, without_autocast
 from deqkit.termination import Termination
 
 _POLICIES = ("warn", "raise", "ignore")
@@ -48,7 +48,14 @@ def solve(
     best point that was visited, by the measure of the stopping test; its residual is the true one.
 
     Under `torch.compile`, a solve to a tolerance runs uncompiled: compile f itself. A fixed number of steps is traced
-    as part of the graph, without gradients or with ``adjoint="unrolled"``.
+    as part of the graph, with its gradient by all adjoints but "shine", "reversible", and an implicit one whose own
+    ``rtol`` is not zero. A graph warns of nothing, leaves `Solution.adjoint_stats` empty and is differentiated once. An
+    exported one (`torch.export`, ONNX) is for inference: there is no gradient through the solve, except by "unrolled"
+    and "reversible".
+
+    Under the transforms of `torch.func` every level maps or differentiates as an ordinary one does: by "implicit" any,
+    in any order; by "jfb", "neumann" and "phantom" `vmap`, and once `grad`, `vjp` or `jacrev`; by "unrolled" all, but
+    none that differentiates inside of `vmap`. A mapped dimension is one more of independent samples.
 
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never
     synchronises with the device. (Otherwise it looks once, at the end, for samples that are not finite.)
@@ -90,8 +97,7 @@ def solve(
             the solver.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         RuntimeError: f or the callback changed x in place.
-        NotImplementedError: a transform of `torch.func` with another adjoint than "unrolled", forward mode with an
-            approximate adjoint, or `torch.vmap`.
+        NotImplementedError: the adjoint does not go through a transform of `torch.func`, or through forward mode.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
@@ -101,13 +107,11 @@ def solve(
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
     check_record(adjoint, solver)
     termination = Termination(rtol, atol)
-    traceable = termination.fixed_steps and (adjoint.unrolls and adjoint.needs is None or not torch.is_grad_enabled())
-    if torch.compiler.is_dynamo_compiling() and not traceable:
+    if torch.compiler.is_dynamo_compiling() and not _is_traceable(termination, adjoint):
         return _solve_uncompiled(
             f, x0, args=args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps, norm=norm,
             batch_dims=batch_dims, on_failure=on_failure, trace=trace, keep=keep, has_aux=has_aux, callback=callback,
         )  # fmt: skip
-    _check_transforms(adjoint)
     layout = StateLayout(x0, batch_dims)
     state_norm = make_norm(norm, layout)
     scope = held.opened()
@@ -121,30 +125,26 @@ def solve(
     problem = Problem(
         evaluator, state_norm, termination.rtol, termination.atol, max_steps, on_failure, stats=AdjointStats()
     )
-    record = adjoint.needs is not None and torch.is_grad_enabled()
-    with without_autocast(layout.device):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint.unrolls):
-            result = stages.run(
-                evaluator,
-                primal(layout.pack(x0)) if evaluator.drops_tangents else layout.pack(x0),
-                solver,
-                termination,
-                max_steps=max_steps,
-                norm=state_norm,
-                trace=trace,
-                keep=keep,
-                callback=callback,
-                record=record,
-            )
-        problem.record = result.record
-        x, states = result.x, {step: result.kept.get(step, result.x) for step in sorted(keep)}
-        if torch.is_grad_enabled():
-            x = adjoint.attach(problem, x)
-            states = {k: adjoint.attach(replace(problem, stats=AdjointStats()), at) for k, at in states.items()}
-        if evaluator.drops_tangents:
-            x = adjoint.with_tangent(problem, x)
-            states = {k: adjoint.with_tangent(replace(problem, stats=AdjointStats()), at) for k, at in states.items()}
-    value = layout.unpack(x)
+    record = adjoint.needs is not None and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+    def run(problem: Problem, x0: Blocks) -> LoopResult:
+        result = stages.run(
+            problem.f,
+            x0,
+            solver,
+            termination,
+            max_steps=max_steps,
+            norm=problem.norm,
+            trace=trace,
+            keep=keep,
+            callback=callback,
+            record=record,
+        )
+        return replace(result, kept={step: result.kept.get(step, result.x) for step in sorted(keep)})
+
+    with without_autocast(layout.device), scope.around_a_trace():
+        result = solve_at_every_level(adjoint, problem, layout.pack(x0), run)
+    value = layout.unpack(result.x)
     aux = f(value, *args)[1] if has_aux else None
     solution = Solution(
         value=value,
@@ -155,18 +155,25 @@ def solve(
         num_fn_evals=evaluator.num_calls + has_aux,
         trace=None if result.trace is None else layout.per_sample(result.trace),
         leaf_residuals=layout.per_sample(_leaf_residuals(result)) if norm == "leaf_max" else None,
-        states={step: layout.unpack(at) for step, at in states.items()},
+        states={step: layout.unpack(x) for step, x in result.kept.items()},
         aux=aux,
         adjoint_stats=problem.stats,
         masks=scope.masks,
         **settings,
     )
-    report_failure(on_failure, "solve", solution, resolution=layout.resolution, stacklevel=2, **tolerances)
+    seen = solution.detach() if levels.active() else solution  # at the ground, where values can be looked at
+    report_failure(on_failure, "solve", seen, resolution=layout.resolution, stacklevel=2, **tolerances)
     return solution
 
 
 # What looks at values breaks a compiled graph at every look: one break around all of it is quicker in every way.
 _solve_uncompiled: Any = torch.compiler.disable(solve, reason="a solve that looks at its residuals cannot be one graph")
+
+
+def _is_traceable(termination: Termination, adjoint: Adjoint) -> bool:
+    if not termination.fixed_steps or (levels.any_running() and not adjoint.unrolls):
+        return False
+    return adjoint.traceable or not torch.is_grad_enabled() or torch.compiler.is_exporting()
 
 
 def _as_count(name: str, value: Any) -> int:
@@ -217,32 +224,12 @@ def _leaf_residuals(result: LoopResult) -> Tensor:
     return result.relative_residual.unsqueeze(0) if result.parts is None else result.parts
 
 
-def _check_transforms(adjoint: Adjoint) -> None:
-    """Refuse by name the transforms that do not go through a solve, before they fail within it.
-
-    Raises:
-        NotImplementedError: see `solve`.
-    """
-    if torch.compiler.is_compiling():
-        return
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
-    if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:  # pyright: ignore
-        raise NotImplementedError(
-            "torch.vmap does not go through a solve: give x0 its batch dimensions and say how many with batch_dims="
-        )
-    if transform is not None and not adjoint.unrolls:
-        raise NotImplementedError(
-            f"torch.func does not go through adjoint={adjoint.name!r}: use adjoint='unrolled' inside torch.func.grad, "
-            f"vjp, jvp and jacrev, or torch.autograd in place of torch.func"
-        )
-
-
 def _empty_solution(layout: StateLayout, x0: Any, trace: bool, leafwise: bool, settings: dict[str, Any]) -> Solution:
     """The answer for a batch without samples: f is not called."""
     nothing = layout.per_sample(torch.empty(0, dtype=layout.dtype, device=layout.device))
     codes = nothing.to(torch.int64)
     value = layout.unpack(tuple(b.clone() for b in layout.pack(x0)))
-    if torch.is_grad_enabled():  # so that a training loop may call backward(), to no effect
+    if torch.is_grad_enabled() and not levels.active():  # so that a training loop may call backward(), to no effect
         value = tree_map(lambda t: t if t.requires_grad else t.requires_grad_(), value)
     return Solution(
         value, codes, nothing, nothing.clone(), codes.clone(), 0,

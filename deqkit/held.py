@@ -89,6 +89,8 @@ class Scope:
 
         def in_scope(x: Any, weights: Any, *args: Any) -> Any:
             before = _local.scope  # no block of `Entered`: this is on the way of every evaluation
+            if torch.compiler.is_compiling() and before is not None and before.weights is weights:
+                return f(x, *args)  # see `around_a_trace`
             _local.scope = Scope(self.with_grad, weights, self.masks, checkpoint_hook())
             try:
                 return f(x, *args)
@@ -96,6 +98,10 @@ class Scope:
                 _local.scope = before
 
         return in_scope, (self.weights, *args)
+
+    def around_a_trace(self) -> contextlib.AbstractContextManager[None]:
+        """Enter this scope around all of a solve that is being compiled: a backward pass that is traced enters none."""
+        return Entered(self) if torch.compiler.is_compiling() else contextlib.nullcontext()
 
 
 class _Local(threading.local):

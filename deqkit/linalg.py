@@ -91,7 +91,9 @@ class History:
     def _grow(self, blocks: Blocks) -> None:
         column = max(1, sum(b.numel() * b.element_size() for b in blocks))  # bytes
         capacity = self.capacity
-        if self._chunks and capacity * column > _SMALL_BUFFER:
+        # The size of a batch may not be known to an exported graph, and then decides nothing.
+        small = torch.compiler.is_exporting() or capacity * column <= _SMALL_BUFFER
+        if self._chunks and not small:
             more = min(self.size - capacity, capacity, max(2, _LARGE_BUFFER // column))
             self._chunks.append(tuple(b.new_empty(b.shape[0], more, b.shape[1]) for b in blocks))
             return

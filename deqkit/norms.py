@@ -42,6 +42,11 @@ def leaf_max(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
 _NORMS: dict[str, StateNorm] = {"l2": l2, "leaf_max": leaf_max}
 
 
+def is_row_wise(norm: StateNorm) -> bool:
+    """Whether the norm is a function of the rows of blocks and of nothing else."""
+    return norm in _NORMS.values()
+
+
 def make_norm(norm: str | Callable[[Any], Tensor] | None, layout: StateLayout) -> StateNorm:
     """The norm that a user's setting stands for.
 

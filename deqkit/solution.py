@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from deqkit import levels
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 
 
@@ -113,9 +114,14 @@ class Solution:
         return self.status == Status.CONVERGED
 
     def detach(self) -> Solution:
-        """The same solution with tensors that hold no autograd graph; `adjoint_stats` stays shared."""
-        tensors = {name: tree_map(_detached, getattr(self, name)) for name in ("value", "states", "aux")}
-        return replace(self, **tensors)
+        """The same solution with tensors that hold no autograd graph; `adjoint_stats` stays shared.
+
+        Under a transform of `torch.func` these are ordinary tensors, which may outlive it, with mapped dims first.
+        """
+        names = ["value", "states", "aux"]
+        if levels.active():
+            names += ["status", "residual", "relative_residual", "num_steps", "trace", "leaf_residuals"]
+        return replace(self, **{name: tree_map(_detached, getattr(self, name)) for name in names})
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the masks, which belong to the modules that drew them."""
@@ -129,9 +135,10 @@ class Solution:
         return copied
 
     def __str__(self) -> str:
+        seen = self.detach()  # under torch.vmap nobody can look at anything else
         tolerance = f"rtol={self.rtol:g}" + (f", atol={self.atol:g}" if self.atol else "")
-        lines = [_summary("Solution", self, f"{self.solver}, {tolerance}", f"f called {self.num_fn_evals} times")]
-        failures = failure_counts(self.status)
+        lines = [_summary("Solution", seen, f"{self.solver}, {tolerance}", f"f called {self.num_fn_evals} times")]
+        failures = failure_counts(seen.status)
         if failures:
             lines.append(f"  not converged: {failures}")
         return "\n".join(lines)
@@ -140,7 +147,7 @@ class Solution:
 
 
 def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    return levels.grounded(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def failure_counts(status: Tensor) -> str:

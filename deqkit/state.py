@@ -20,13 +20,15 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+
+from deqkit import levels
 
 Blocks = tuple[Tensor, ...]
 
@@ -46,6 +48,11 @@ class _Leaf:
     is_plain: bool  # whether that is the order of the dims
     permuted_shape: tuple[int, ...]
     width: int  # d
+
+    def stacked(self, size: int) -> _Leaf:
+        order, inverse = ((0, *(d + 1 for d in dims)) for dims in (self.order, self.inverse))
+        shape, permuted_shape = torch.Size((size, *self.shape)), (size, *self.permuted_shape)
+        return replace(self, shape=shape, order=order, inverse=inverse, permuted_shape=permuted_shape)
 
 
 def _memory_order(x: Tensor, batch_dims: int) -> tuple[int, ...]:
@@ -100,6 +107,20 @@ class StateLayout:
         real, plain = _REAL_OF.get(x.dtype, x.dtype), order == tuple(range(len(order)))
         width = math.prod(permuted[self.batch_dims :])
         return _Leaf(name, x.shape, x.dtype, real, order, inverse, plain, permuted, width)
+
+    def of_blocks(self, blocks: Blocks) -> StateLayout:
+        """A layout in which blocks of this one are themselves the states, of the same batch."""
+        layout = StateLayout(blocks, batch_dims=1)
+        layout.batch_shape = self.batch_shape
+        return layout
+
+    def stacked(self, size: int) -> StateLayout:
+        """The layout of ``size`` such batches, along a new leading dim."""
+        other = copy.copy(self)
+        other.batch_dims, other.batch_shape = self.batch_dims + 1, torch.Size((size, *self.batch_shape))
+        other.num_samples = size * self.num_samples
+        other.leaves = [leaf.stacked(size) for leaf in self.leaves]
+        return other
 
     @property
     def resolution(self) -> float:
@@ -227,7 +248,7 @@ class Evaluator:
         self.f, self.layout, self.args, self.shares_casts = f, layout, args, shares_casts
         self.num_calls = 0
         # What carries tangents of forward-mode differentiation is solved without, see `ImplicitAdjoint.with_tangent`.
-        self.drops_tangents = forward_ad._current_level >= 0 and not keeps_tangents
+        self.drops_tangents = not keeps_tangents and levels.carries_tangents()
         self.autocast_dtype = torch.get_autocast_dtype(layout.device.type) if autocast_enabled(layout.device) else None
 
     def with_args(self, args: tuple[Any, ...]) -> Evaluator:

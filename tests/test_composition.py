@@ -79,18 +79,106 @@ def test_compiled_module_around_a_solve() -> None:
     torch.testing.assert_close(gradients(net, out), expected_gradients)
 
 
-def test_fixed_steps_in_one_graph_with_gradients() -> None:
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "phantom", "unrolled"])
+def test_fixed_steps_in_one_graph_with_gradients(adjoint: str) -> None:
+    """A module whose parameters f closes over; a second batch size compiles it for any."""
+    how = deqkit.ImplicitAdjoint("fixed_point") if adjoint == "implicit" else adjoint
+    net = Net(adjoint=how, solver="fixed_point", **FIXED)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for batch in (3, 5, 7):
+        inputs = torch.randn(batch, 6)
+        out, expected = compiled(inputs), net(inputs)
+        torch.testing.assert_close(out, expected)
+        found = gradients(net, out)
+        assert len(found) == 6
+        torch.testing.assert_close(found, gradients(net, expected))
+
+
+def test_a_graph_is_compiled_around_what_breaks_it() -> None:
+    """f that no compiler can trace: the solve around it runs as it is."""
+    net, inputs = Net(solver="fixed_point", **FIXED), torch.randn(3, 6)
+    cell = net.equilibrium.module
+    net.equilibrium.module = Breaking(cell)
+    expected = gradients(net, net(inputs))
+    torch.testing.assert_close(gradients(net, torch.compile(net, backend="aot_eager")(inputs)), expected)
+
+
+class Breaking(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.cell(x, inputs)
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap_grad", "jvp"])
+def test_compiled_transform_around_a_solve(name: str) -> None:
+    w, b = 0.2 * torch.randn(4, 4), torch.randn(3, 4)
+
+    def total(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return deqkit.solve(lambda x: torch.tanh(x @ w.T + b), torch.zeros_like(b), rtol=1e-5).value.pow(2).sum()
+
+    transforms = {
+        "grad": lambda w: torch.func.grad(total)(w, b),
+        "vmap_grad": lambda w: torch.vmap(torch.func.grad(total), (None, 0))(w, b.unsqueeze(1)),
+        "jvp": lambda w: torch.func.jvp(lambda w: total(w, b), (w,), (w,))[1],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, about functions of its own that it cannot trace
+        found = torch.compile(transforms[name], backend="aot_eager")(w)
+    torch.testing.assert_close(found, transforms[name](w))
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "strict"),
+    [
+        ("fixed_point", "implicit", False),
+        ("anderson", "implicit", False),
+        ("broyden", "implicit", False),
+        ("newton_krylov", "jfb", False),
+        ("bicgstab", "neumann", False),
+        ("reversible", "reversible", False),
+        ("anderson", "unrolled", False),
+        ("fixed_point", "unrolled", True),
+        ("anderson", "implicit", True),
+    ],
+)
+def test_export(solver: str, adjoint: str, strict: bool) -> None:
+    net, inputs = Net(solver=solver, adjoint=adjoint, **FIXED).eval(), torch.randn(3, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # `last_solution` is not set by a graph
+        program = torch.export.export(
+            net, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=strict
+        )
+    for batch in (1, 3, 8):
+        other = torch.randn(batch, 6)
+        torch.testing.assert_close(program.module()(other), net(other))
+
+
+def test_an_exported_solve_can_be_trained_if_it_is_unrolled() -> None:
     net, inputs = Net(adjoint="unrolled", **FIXED), torch.randn(3, 6)
-    out = torch.compile(net, backend="eager", fullgraph=True)(inputs)
-    torch.testing.assert_close(gradients(net, out), gradients(net, net(inputs)))
+    module = torch.export.export(net, (inputs,)).module()
+    module(inputs).square().sum().backward()
+    expected = dict(zip((n for n, _ in net.named_parameters()), gradients(net, net(inputs)), strict=True))
+    torch.testing.assert_close({n: p.grad for n, p in module.named_parameters()}, expected)
 
 
-@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "bicgstab", "reversible"])
-def test_export(solver: str) -> None:
-    net, inputs = Net(solver=solver, **FIXED).eval(), torch.randn(3, 6)
-    program = torch.export.export(net, (inputs,))
-    other = torch.randn(3, 6)
-    torch.testing.assert_close(program.module()(other), net(other))
+@pytest.mark.parametrize(("solver", "max_steps"), [("fixed_point", 5), ("anderson", 3), ("broyden", 3)])
+def test_onnx(solver: str, max_steps: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra deqkit[export]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    net = Net(solver=solver, **FIXED | {"max_steps": max_steps}).double().eval()
+    batches = [torch.randn(batch, 6, dtype=torch.float64) for batch in (3, 1, 8)]
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.onnx.export(net, (batches[0],), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None
+    program.save(str(tmp_path / "net.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    for inputs in batches:
+        (out,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), net(inputs))
 
 
 def test_threads() -> None:

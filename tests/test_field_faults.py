@@ -500,32 +500,32 @@ def test_fault_21_function_transforms(solver: str) -> None:
     expected = 1 / (1 - 0.5 * (1 - torch.tanh(x) ** 2))
     torch.testing.assert_close(dx, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.func.grad(lambda b: layer(b).sum())(b), expected, rtol=1e-6, atol=0)
-    # The others are not for torch.func: an error, and never a wrong number.
-    for adjoint in ("implicit", "jfb", "neumann", "phantom"):
-        with pytest.raises(NotImplementedError, match="adjoint='unrolled'"):
+    exact = deqkit.ImplicitAdjoint(solver)
+    torch.testing.assert_close(torch.func.grad(lambda b: layer(b, exact).sum())(b), expected, rtol=1e-6, atol=0)
+    dx = torch.func.jvp(lambda b: layer(b, exact), (b,), (torch.ones_like(b),))[1]
+    torch.testing.assert_close(dx, expected, rtol=1e-6, atol=0)
+    # Approximate adjoints have no tangent: an error, and never a wrong number.
+    for adjoint in ("jfb", "neumann", "phantom"):
+        leaf = b.clone().requires_grad_()
+        expected = torch.autograd.grad(layer(leaf, adjoint).sum(), leaf)[0]
+        torch.testing.assert_close(torch.func.grad(lambda b, a=adjoint: layer(b, a).sum())(b), expected)
+        with pytest.raises(NotImplementedError, match="adjoint='implicit' or 'unrolled'"):
             torch.func.jvp(lambda b, a=adjoint: layer(b, a), (b,), (torch.ones_like(b),))
-        with pytest.raises(RuntimeError):
-            torch.func.grad(lambda b, a=adjoint: layer(b, a).sum())(b)
 
 
 FULLGRAPH = [(solver, "unrolled") for solver in (*CLASSIC, "newton_krylov", "auto")]
-FULLGRAPH_NOT_YET = [("fixed_point", name) for name in ("implicit", "jfb", "phantom")]
+FULLGRAPH += [("fixed_point", name) for name in ("implicit", "jfb", "neumann", "phantom")]
+FULLGRAPH += [("anderson", "implicit"), ("broyden", "implicit")]
 
 
-@pytest.mark.parametrize(
-    ("solver", "adjoint"),
-    FULLGRAPH
-    + [
-        pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="Dynamo cannot trace it yet"))
-        for case in FULLGRAPH_NOT_YET
-    ],
-)
+@pytest.mark.parametrize(("solver", "adjoint"), FULLGRAPH)
 def test_fault_21_fixed_steps_are_one_graph_with_gradients(solver: str, adjoint: str) -> None:
     """A fixed number of steps did not compile with fullgraph."""
 
     def layer(b: Tensor) -> Tensor:
         f = lambda x, b: 0.5 * torch.tanh(x) + b  # noqa: E731
-        settings: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "rtol": 0, "max_steps": 2}
+        how = deqkit.ImplicitAdjoint(solver) if adjoint == "implicit" else adjoint
+        settings: dict[str, Any] = {"solver": solver, "adjoint": how, "rtol": 0, "max_steps": 2}
         return deqkit.solve(f, torch.zeros_like(b), args=(b,), on_failure="ignore", **settings).value
 
     b = torch.linspace(0.1, 0.6, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()

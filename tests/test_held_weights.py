@@ -381,12 +381,10 @@ def test_compiled_f() -> None:
                                    rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-@pytest.mark.parametrize("wrap", ["both", "torch"])
-def test_fixed_steps_in_one_graph_and_export(wrap: str) -> None:
+@pytest.mark.parametrize(("wrap", "adjoint"), [("both", "unrolled"), ("torch", "unrolled"), ("both", "neumann")])
+def test_fixed_steps_in_one_graph_and_export(wrap: str, adjoint: str) -> None:
     torch._dynamo.reset()
-    layer = deqkit.nn.FixedPoint(
-        Cell(WRAPS[wrap]), adjoint="unrolled", solver="fixed_point", **FIXED | {"max_steps": 2}
-    )
+    layer = deqkit.nn.FixedPoint(Cell(WRAPS[wrap]), adjoint=adjoint, solver="fixed_point", **FIXED | {"max_steps": 2})
     x0, inputs = batch()
     out = torch.compile(layer, backend="eager", fullgraph=True)(x0, inputs)
     torch.testing.assert_close(out, layer(x0, inputs))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"arrays", "state", "norms", "linalg", "held", "small_systems"},
+    {"arrays", "held", "levels", "linalg", "lowered", "norms", "small_systems", "state"},
     {"errors", "solution", "termination"},
     {"solvers"},
     {"ledger", "loop", "stages"},

@@ -1,6 +1,7 @@
 """L4. The adjoints, and the names they go by. A new one is one file and one line here."""
 
 from deqkit.adjoints.base import Adjoint, Problem
+from deqkit.adjoints.every_level import solve_at_every_level
 from deqkit.adjoints.implicit import ImplicitAdjoint
 from deqkit.adjoints.neumann import JFB, NeumannAdjoint
 from deqkit.adjoints.phantom import PhantomAdjoint
@@ -59,4 +60,5 @@ __all__ = [
     "UnrolledAdjoint",
     "check_record",
     "make_adjoint",
+    "solve_at_every_level",
 ]

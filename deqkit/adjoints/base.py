@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from deqkit import levels
 from deqkit.adjoints.dependencies import (
     Aliases,
     Dependencies,
@@ -16,6 +17,8 @@ from deqkit.adjoints.dependencies import (
     find_dependencies,
     grad_of_present,
 )
+from deqkit.adjoints.once import refuse_double_backward
+from deqkit.adjoints.traced import attach_traced
 from deqkit.norms import StateNorm
 from deqkit.solution import AdjointStats
 from deqkit.state import Blocks, Evaluator
@@ -55,6 +58,13 @@ class Adjoint(ABC):
     unrolls: ClassVar[bool] = False
     #: The type of the record that the solver must hand over, see `deqkit.solvers.base.Solver.record`; None: none.
     needs: ClassVar[type | None] = None
+    #: Whether `attach` works at the levels of `torch.func`: by `cut`, `levels.apply` and `once`.
+    has_levels: ClassVar[bool] = False
+
+    @property
+    def traceable(self) -> bool:
+        """Whether a solve of a fixed number of steps can be compiled as one graph, with its gradient."""
+        return False
 
     def prepare(self, f: Evaluator) -> Evaluator:
         """The map that the loop evaluates."""
@@ -81,7 +91,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return levels.passed_on(x, by=levels.view)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -90,7 +100,7 @@ class _Cut(torch.autograd.Function):
 
 def cut(x: Blocks) -> Blocks:
     """``x`` as a point to differentiate f at: it requires grad, and no gradient accumulates in it."""
-    return tuple(_Cut.apply(b.detach().requires_grad_()) for b in x)  # pyright: ignore[reportReturnType]
+    return tuple(levels.apply(_Cut, levels.fresh_leaf(b)) for b in x)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -98,33 +108,21 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
-        return value.clone()
+        if levels.active():
+            ctx.save_for_backward(carrier)
+        return levels.passed_on(value)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        refuse_double_backward()
-        return None, grad_outputs[0]
+        return None, *refuse_double_backward(grad_outputs, ctx.saved_tensors or grad_outputs)
 
 
 def straight_through(value: Blocks, carrier: Blocks) -> Blocks:
     """``value``, bit for bit, with the gradient of ``carrier``."""
-    return tuple(_StraightThrough.apply(v, c) for v, c in zip(value, carrier, strict=True))  # pyright: ignore[reportReturnType]
-
-
-def refuse_double_backward() -> None:
-    """Stop a backward pass that is itself to be differentiated.
-
-    An approximate adjoint treats x* as a constant, so the derivative of its gradient would lack a term.
-
-    Raises:
-        RuntimeError: gradients are enabled, as they are in a backward pass under ``create_graph=True``.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "an approximate adjoint (jfb, neumann, phantom, shine) cannot be differentiated twice: the second "
-            "derivative would lack the term through x*. Use adjoint='implicit' or 'unrolled' where create_graph=True "
-            "is needed."
-        )
+    if torch.compiler.is_compiling():
+        return attach_traced(value, carrier, lambda x, g: g)
+    return tuple(levels.apply(_StraightThrough, v, c) for v, c in zip(value, carrier, strict=True))
 
 
 def vjp(fx: Blocks, x: Blocks, u: Blocks, create_graph: bool = False) -> Blocks:

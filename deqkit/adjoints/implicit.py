@@ -17,6 +17,7 @@ are handed to the leaf tensors that f was found to depend on and to the tensors 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,17 +26,26 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from deqkit import stages
+from deqkit import levels, stages
 from deqkit.adjoints.base import Adjoint, Evaluation, Problem, ProductGraph, vjp
 from deqkit.adjoints.dependencies import Dependencies, direct_gradients
+from deqkit.adjoints.every_level import solve_at_every_level
+from deqkit.adjoints.once import once
+from deqkit.adjoints.traced import attach_traced, product_at
+from deqkit.ledger import LoopResult
 from deqkit.solution import report_failure
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
-from deqkit.state import Blocks, Evaluator, StateLayout, without_autocast
+from deqkit.state import Blocks, Evaluator, without_autocast
 from deqkit.termination import Termination
 
 # Used where the forward solve has only an absolute tolerance, in units that cotangents do not share.
 _DEFAULT_RTOL = 1e-4
+
+_NEST = (
+    "torch.autograd differentiates a gradient of a solve again, inside one torch.func transform: nest torch.func.grad, "
+    "vjp or jvp instead"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class ImplicitAdjoint(Adjoint):
     """
 
     name: ClassVar[str] = "implicit"
+    has_levels: ClassVar[bool] = True
     solver: str | Solver = "anderson"
     rtol: float | None = None
     max_steps: int | None = None
@@ -65,10 +76,17 @@ class ImplicitAdjoint(Adjoint):
 
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with the exact gradient."""
+        if torch.compiler.is_compiling():
+            return self._attach_traced(problem, x)
         at = Evaluation.of(problem.f, x)
         if not at.dependencies.any:
             return x
-        return _Implicit.apply(self, problem, at.dependencies, len(x), *at.x, *at.fx, *at.dependencies.tensors)  # pyright: ignore[reportReturnType]
+        return levels.apply(_Implicit, self, problem, at.dependencies, len(x), *at.x, *at.fx, *at.dependencies.tensors)
+
+    @property
+    def traceable(self) -> bool:
+        """Where the adjoint solve takes a fixed number of steps, too."""
+        return not self.rtol
 
     def with_tangent(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with its tangent v, the fixed point of v = J v + df/dtheta dtheta.
@@ -78,20 +96,22 @@ class ImplicitAdjoint(Adjoint):
         Raises:
             NotImplementedError: x carries a graph, too: that tangent would have none.
         """
-        if any(b.requires_grad for b in x):
-            raise NotImplementedError(
-                "forward-mode over reverse-mode differentiation does not go through adjoint='implicit': use "
-                "torch.no_grad() for the tangent alone, or adjoint='unrolled'"
-            )
         f = copy.copy(problem.f)
         f.drops_tangents = False
+        fx = f(x)
+        problem.f.num_calls += 1
+        if all(forward_ad.unpack_dual(b).tangent is None for b in fx):
+            return x
+        if any(b.requires_grad for b in x):
+            raise NotImplementedError(
+                "forward-mode over reverse-mode differentiation by torch.autograd does not go through "
+                "adjoint='implicit': use torch.func.jvp of torch.func.grad, or torch.no_grad() for the tangent alone"
+            )
 
         def tangent_of_f(v: Blocks) -> Blocks:
-            fx = f(tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True)))
-            tangents = [forward_ad.unpack_dual(b).tangent for b in fx]
-            return tuple(torch.zeros_like(b) if t is None else t for t, b in zip(tangents, x, strict=True))
+            return _tangents(f(tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True))))
 
-        v = self.run(problem, tangent_of_f, tuple(torch.zeros_like(b) for b in x), "tangent solve")
+        v = self.solve_linear(problem, tangent_of_f, _tangents(fx), "tangent solve", (levels.depth(), "forward"))
         return tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True))
 
     def termination(self, problem: Problem) -> Termination:
@@ -105,22 +125,57 @@ class ImplicitAdjoint(Adjoint):
         """The step limit of the adjoint solve of ``problem``."""
         return problem.max_steps if self.max_steps is None else self.max_steps
 
-    def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
-        """The fixed point of u = J^T u + g, without gradient; starts from u = g."""
-        return self.run(
-            problem, lambda u: tuple(torch.add(a, b) for a, b in zip(vjp(fx, x, u), g, strict=True)), g, "adjoint solve"
-        )
+    def _attach_traced(self, problem: Problem, x: Blocks) -> Blocks:
+        layout = problem.f.layout.of_blocks(x)
 
-    def run(self, problem: Problem, linear_map: Callable[[Blocks], Blocks], start: Blocks, what: str) -> Blocks:
-        """The fixed point of a linear map, without gradient, entered in ``problem.stats``; ``what`` it is called."""
-        f = Evaluator(linear_map, StateLayout(start, batch_dims=1), keeps_tangents=True)
+        def cotangent(x: Blocks, g: Blocks) -> Blocks:
+            product = product_at(problem.f, x)
+            f = Evaluator(lambda u: tuple(torch.add(a, b) for a, b in zip(product(u), g, strict=True)), layout)
+            with torch.no_grad(), without_autocast(layout.device):
+                return self._run(replace(problem, f=f), g, "adjoint solve").x
+
+        return attach_traced(x, problem.f(x), cotangent)
+
+    def solve(self, problem: Problem, x: Blocks, fx: Blocks, g: Blocks) -> Blocks:
+        """The fixed point of u = J^T u + g, without gradient at the level of x and fx; starts from u = g."""
+
+        def adjoint_map(u: Blocks) -> Blocks:
+            products = vjp(fx, x, u, create_graph=torch.is_grad_enabled())
+            return tuple(torch.add(a, b) for a, b in zip(products, g, strict=True))
+
+        return self.solve_linear(problem, adjoint_map, g, "adjoint solve", (levels.level_of(x[0]), "reverse"))
+
+    def solve_linear(
+        self,
+        problem: Problem,
+        f: Callable[[Blocks], Blocks],
+        start: Blocks,
+        what: str,
+        own: tuple[int | None, str] = (0, "reverse"),
+    ) -> Blocks:
+        """The fixed point of a linear map, entered in ``problem.stats``.
+
+        Args:
+            problem: what is differentiated.
+            f: the map.
+            start: where to start.
+            what: what it is called.
+            own: see `solve_at_every_level`.
+        """
+        # A tangent has none itself, at its own level.
+        evaluator = Evaluator(f, problem.f.layout.of_blocks(start), keeps_tangents=own[1] == "forward")
+        linear = replace(problem, f=evaluator)
+        return solve_at_every_level(self, linear, start, functools.partial(self._run, what=what), own=own).x
+
+    def _run(self, problem: Problem, start: Blocks, what: str) -> LoopResult:
         solver, termination = make_solver(self.solver), self.termination(problem)
-        with torch.no_grad():
-            result = stages.run(f, start, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
+        result = stages.run(problem.f, start, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
+        if torch.compiler.is_compiling():  # a graph reports nothing
+            return result
         stats, per_sample = problem.stats, problem.f.layout.per_sample
         stats.status, stats.num_steps = per_sample(result.status), per_sample(result.num_steps)
         stats.residual, stats.relative_residual = per_sample(result.residual), per_sample(result.relative_residual)
-        stats.num_fn_evals, stats.solver = f.num_calls, solver.name
+        stats.num_fn_evals, stats.solver = problem.f.num_calls, solver.name
         stats.rtol, stats.atol = termination.rtol, termination.atol
         report_failure(
             problem.on_failure,
@@ -131,7 +186,12 @@ class ImplicitAdjoint(Adjoint):
             resolution=problem.f.layout.resolution,
             stacklevel=2,
         )
-        return result.x
+        return result
+
+
+def _tangents(blocks: Blocks) -> Blocks:
+    tangents = [forward_ad.unpack_dual(b).tangent for b in blocks]
+    return tuple(torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True))
 
 
 class _Implicit(torch.autograd.Function):
@@ -147,9 +207,10 @@ class _Implicit(torch.autograd.Function):
         # Not the dependencies: f itself saves those whose values its derivative takes.
         ctx.save_for_backward(*tensors[: 2 * n])
         # Copies: the caller may change the value in place, the point that f was differentiated at must stay.
-        return tuple(x.clone() for x in tensors[:n])
+        return tuple(levels.passed_on(x) for x in tensors[:n])
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *g: Any) -> Any:
         n, saved = ctx.n, ctx.saved_tensors  # to be read only once: it may be what starts a recomputation
         x, fx, dependencies = saved[:n], saved[n:], ctx.products.dependencies
@@ -158,14 +219,17 @@ class _Implicit(torch.autograd.Function):
             return (*before, *(None for _ in fx), *after)
         g = tuple(torch.zeros_like(b) if c is None else c for c, b in zip(g, x, strict=True))
         with without_autocast(ctx.problem.f.layout.device):
-            u = ctx.adjoint.solve(ctx.problem, *ctx.products.graph(ctx.problem, x, fx), tuple(b.detach() for b in g))
+            u = ctx.adjoint.solve(ctx.problem, *ctx.products.graph(ctx.problem, x, fx), g)
             if not torch.is_grad_enabled():
                 return (*before, *u, *after)
+            if levels.level_of(x[0]) != 0 or levels.innermost(g) is not None:
+                return (*before, *once(u, fx, _NEST), *after)
             if not dependencies.complete:
                 raise RuntimeError(
                     "double backward through a solve: f closes over a tensor that is itself the result of "
                     "differentiable operations. Pass such tensors in args= and let f use them only as its arguments "
-                    "(parameters and other leaf tensors may stay where they are)."
+                    "(parameters and other leaf tensors may stay where they are). Or let torch.func.grad, vjp or jvp, "
+                    "nested, take all derivatives."
                 )
             x_star: Any = _Implicit.apply(ctx.adjoint, ctx.problem, dependencies, n, *x, *fx, *dependencies.tensors)
             grads = _differentiable_gradients(ctx.adjoint, ctx.problem, x_star, u, g, fx, dependencies)
@@ -187,7 +251,7 @@ def _differentiable_gradients(
         fx = problem.f.with_args(args)(x_star)
         return tuple(torch.add(a, b) for a, b in zip(vjp(fx, x_star, u, create_graph=True), g, strict=True))
 
-    f = Evaluator(adjoint_map, StateLayout(u, batch_dims=1), (x_star, g, problem.f.args))
+    f = Evaluator(adjoint_map, problem.f.layout.of_blocks(u), (x_star, g, problem.f.args))
     u = adjoint.attach(replace(problem, f=f), u)
     # u has every way through x* in it already.
     return direct_gradients(problem.f, x_star, u, fx, dependencies)

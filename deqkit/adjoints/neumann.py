@@ -8,14 +8,15 @@ AAAI 2022, arXiv 2103.12803). For a contraction with factor c the error of u is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deqkit.adjoints.approximate import ApproximateAdjoint, Graph
-from deqkit.adjoints.base import Problem, vjp
+from deqkit.adjoints.approximate import ApproximateAdjoint, Product
+from deqkit.adjoints.base import Problem
 from deqkit.solvers.base import require_int
 from deqkit.state import Blocks
 
@@ -33,19 +34,22 @@ class NeumannAdjoint(ApproximateAdjoint):
     """
 
     name: ClassVar[str] = "neumann"
+    has_levels: ClassVar[bool] = True
     num_terms: int = 5
 
     def __post_init__(self) -> None:
         require_int(self, "num_terms", minimum=1)
 
-    def cotangent(self, problem: Problem, graph: Graph, g: Blocks, kept: tuple[Tensor, ...]) -> Blocks:
+    def cotangent(
+        self, problem: Problem, product: Callable[[], Product], g: Blocks, kept: tuple[Tensor, ...]
+    ) -> Blocks:
         """The first terms of the series."""
         if self.num_terms == 1:
             return g
-        x, fx = graph()
+        transposed = product()
         u = term = g
         for _ in range(self.num_terms - 1):
-            term = vjp(fx, x, term)
+            term = transposed(term)
             u = tuple(torch.add(a, b) for a, b in zip(u, term, strict=True))
         return u
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from deqkit.adjoints.base import Adjoint, Evaluation, Problem, straight_through
+from deqkit.adjoints.once import constant_below
 from deqkit.solvers.base import require_float, require_int
 from deqkit.state import Blocks
 
@@ -31,6 +32,7 @@ class PhantomAdjoint(Adjoint):
     """
 
     name: ClassVar[str] = "phantom"
+    has_levels: ClassVar[bool] = True
     num_steps: int = 5
     damping: float = 0.5
 
@@ -38,12 +40,20 @@ class PhantomAdjoint(Adjoint):
         require_int(self, "num_steps", minimum=1)
         require_float(self, "damping", 0.0, 1.0)
 
+    @property
+    def traceable(self) -> bool:
+        """Always."""
+        return True
+
     def attach(self, problem: Problem, x: Blocks) -> Blocks:
         """``x`` with an approximate gradient."""
-        at = Evaluation.of(problem.f, x)
-        if not at.dependencies.any:
-            return x
-        y = self._step(at.x, at.fx)
+        if torch.compiler.is_compiling():  # which traces no walk along a graph
+            y = self._step(x, problem.f(x))
+        else:
+            at = Evaluation.of(problem.f, constant_below(x))
+            if not at.dependencies.any:
+                return x
+            y = self._step(at.x, at.fx)
         for _ in range(self.num_steps - 1):
             y = self._step(y, problem.f(y))
         return straight_through(x, y)

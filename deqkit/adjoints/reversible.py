@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from deqkit import linalg
+from deqkit import levels, linalg
 from deqkit.adjoints.base import Adjoint, Problem
 from deqkit.adjoints.dependencies import Dependencies, check_same_function
 from deqkit.errors import ConvergenceError, ConvergenceWarning
@@ -62,12 +62,12 @@ class ReversibleAdjoint(Adjoint):
         Raises:
             NotImplementedError: inside a transform of `torch.func`.
         """
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return f
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        if levels.any_running():
             raise NotImplementedError(
-                "torch.func does not go through adjoint='reversible': use adjoint='unrolled' inside torch.func.grad, "
-                "vjp, jvp and jacrev, or torch.autograd in place of torch.func"
+                "torch.func does not go through adjoint='reversible': use adjoint='implicit' or 'unrolled' there, or "
+                "torch.autograd in place of torch.func"
             )
         # All steps lie in one graph, which need not hold a cast of the same parameter for each of them.
         return Evaluator(_Rebuilding(f), f.layout, f.args, shares_casts=True)

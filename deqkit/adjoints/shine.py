@@ -22,6 +22,7 @@ Deliberate deviations:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 from deqkit import linalg
-from deqkit.adjoints.approximate import ApproximateAdjoint, Graph
-from deqkit.adjoints.base import Problem, vjp
+from deqkit.adjoints.approximate import ApproximateAdjoint, Product
+from deqkit.adjoints.base import Problem
 from deqkit.adjoints.implicit import ImplicitAdjoint
 from deqkit.norms import StateNorm
 from deqkit.solvers import Solver, make_solver
@@ -72,7 +73,9 @@ class ShineAdjoint(ApproximateAdjoint):
         """The inverse Jacobian."""
         return problem.record.tensors
 
-    def cotangent(self, problem: Problem, graph: Graph, g: Blocks, kept: tuple[Tensor, ...]) -> Blocks:
+    def cotangent(
+        self, problem: Problem, product: Callable[[], Product], g: Blocks, kept: tuple[Tensor, ...]
+    ) -> Blocks:
         """-H^T g, or g; refined."""
         inverse = InverseJacobian.from_tensors(kept)
         u = tuple(-b for b in inverse.transposed(g))
@@ -81,10 +84,11 @@ class ShineAdjoint(ApproximateAdjoint):
         u = linalg.where(trusted, u, g)
         if self.refine_steps == 0:
             return u
-        refinement = _Refinement(problem.norm, *graph(), g, inverse, trusted)
+        refinement = _Refinement(problem.norm, product(), g, inverse, trusted)
         # Falling short of the tolerance is what an approximation may do.
         problem = replace(problem, norm=refinement.norm, on_failure="ignore")
-        return ImplicitAdjoint(self.solver, max_steps=self.refine_steps).run(problem, refinement.map, u, "refinement")
+        refining = ImplicitAdjoint(self.solver, max_steps=self.refine_steps)
+        return refining.solve_linear(problem, refinement.map, u, "refinement")
 
 
 class _Refinement:
@@ -93,15 +97,13 @@ class _Refinement:
     Samples in ``trusted`` have an H, the others have the identity in its place.
     """
 
-    def __init__(
-        self, norm: StateNorm, x: Blocks, fx: Blocks, g: Blocks, inverse: InverseJacobian, trusted: Tensor
-    ) -> None:
-        self.norm_of_equation, self.x, self.fx, self.g = norm, x, fx, g
+    def __init__(self, norm: StateNorm, product: Product, g: Blocks, inverse: InverseJacobian, trusted: Tensor) -> None:
+        self.norm_of_equation, self.product, self.g = norm, product, g
         self.inverse, self.trusted = inverse, trusted
         self.r, self.image = g, g  # of the last u
 
     def map(self, u: Blocks) -> Blocks:
-        self.image = tuple(torch.add(a, b) for a, b in zip(vjp(self.fx, self.x, u), self.g, strict=True))
+        self.image = tuple(torch.add(a, b) for a, b in zip(self.product(u), self.g, strict=True))
         self.r = tuple(torch.sub(a, b) for a, b in zip(self.image, u, strict=True))
         step = linalg.where(self.trusted, tuple(-b for b in self.inverse.transposed(self.r)), self.r)
         return tuple(torch.add(a, b) for a, b in zip(u, step, strict=True))

@@ -30,11 +30,17 @@ class UnrolledAdjoint(Adjoint):
 
     name: ClassVar[str] = "unrolled"
     unrolls: ClassVar[bool] = True
+    has_levels: ClassVar[bool] = True
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, bool):
             raise TypeError(f"UnrolledAdjoint: checkpoint must be True or False, got {self.checkpoint!r}")
+
+    @property
+    def traceable(self) -> bool:
+        """Always."""
+        return True
 
     def prepare(self, f: Evaluator) -> Evaluator:
         """The map that the loop evaluates: f, or f that recomputes itself in the backward pass."""
