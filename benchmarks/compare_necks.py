@@ -1,0 +1,199 @@
+"""Does i-FPN detect better than FPN, at equal budgets? Every detector with both necks, over several seeds.
+
+Trains each pair on a drawn set from random weights, with the same images, steps and schedule, evaluates on images never
+seen, and prints AP as mean and spread over the seeds, whichever neck wins. A training that was finished is not done
+again: the same command continues. One to three minutes per training on two CPU cores.
+
+    python benchmarks/compare_necks.py
+    python benchmarks/compare_necks.py --detectors atss --seeds 0 1 2 3 4 --steps 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from reporting import describe, format_table, run_record, write_csv, write_json
+
+from adapters.detection.data import CocoDataModule, SyntheticSettings, generate_dataset
+from adapters.detection.evaluation import CocoEvaluation
+from adapters.detection.training import DetectionModule, DetectorConfig, Schedule, SolverFigures, StepTimer
+
+DETECTORS = ("retinanet", "fasterrcnn", "fcos_paper", "atss", "autoassign")
+NECKS = ("fpn", "ifpn")
+# A small image has few objects: proposals by the thousand, as for COCO, would be most of the time.
+FEW_PROPOSALS = {
+    f"rpn_{when}_nms_top_n_{mode}": count for when, count in (("pre", 500), ("post", 250)) for mode in ("train", "test")
+} | {"box_batch_size_per_image": 128}
+ROWS, RECORD = "rows.csv", "run.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training.
+
+    Attributes:
+        detector: which one.
+        neck: "fpn" or "ifpn".
+        seed: of weights, order and augmentation; the images are the same for all.
+        steps: optimiser steps.
+        ap: COCO's AP on the validation images.
+        ap50: the same at an IoU of 0.5.
+        seconds_per_step: median.
+        solver_steps: mean over the validation images; NaN for "fpn".
+        converged: share of the validation images whose solve met its tolerance; NaN for "fpn".
+        skipped: steps that were left out because loss or gradient was not finite.
+    """
+
+    detector: str
+    neck: str
+    seed: int
+    steps: int
+    ap: float
+    ap50: float
+    seconds_per_step: float
+    solver_steps: float
+    converged: float
+    skipped: int
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="default: all")
+    parser.add_argument("--necks", nargs="+", choices=NECKS, default=list(NECKS), help="default: both")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps; default: 400")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per step; default: 4")
+    parser.add_argument("--train-images", type=int, default=400, help="default: 400")
+    parser.add_argument("--val-images", type=int, default=100, help="default: 100")
+    parser.add_argument("--image-size", type=int, default=96, help="side in pixels; default: 96")
+    parser.add_argument("--channels", type=int, default=64, help="of every pyramid level; default: 64")
+    parser.add_argument("--backbone", default="resnet18", help="default: resnet18")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, a tenth of it for G; default: 1e-3")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_necks"), help="folder of images and results")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "train_images", "val_images", "channels"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """What the rows of one folder have in common."""
+    return {k: v for k, v in vars(args).items() if k not in ("detectors", "necks", "seeds", "out")}
+
+
+def make_data(args: argparse.Namespace, seed: int) -> CocoDataModule:
+    root = args.out / "data"
+    drawn = SyntheticSettings(args.train_images, args.val_images, 2 * args.image_size, seed=0)
+    generate_dataset(root, drawn, progress=not root.exists())
+    data = CocoDataModule(root, batch_size=args.batch_size, seed=seed, verify=False, progress=False)
+    data.setup()
+    return data
+
+
+def train(args: argparse.Namespace, detector: str, neck: str, seed: int) -> Row:
+    data = make_data(args, seed)
+    L.seed_everything(seed, verbose=False)
+    config = DetectorConfig(
+        data.num_classes, neck, detector, args.backbone, args.channels,
+        neck_settings={"rtol": 1e-2} if neck == "ifpn" else {}, image_size=args.image_size,
+        options=FEW_PROPOSALS if detector == "fasterrcnn" else {},
+    )  # fmt: skip
+    schedule = Schedule(args.steps, lr=args.lr, warmup_steps=min(100, max(1, args.steps // 10)), seed=seed)
+    module = DetectionModule(config, schedule)
+    val = data.val_dataset
+    evaluation = CocoEvaluation(val.ground_truth(), val.category_of_label)
+    figures, timer = SolverFigures(), StepTimer()
+    trainer = L.Trainer(
+        accelerator=args.device, devices=1, max_steps=args.steps, gradient_clip_val=10.0, num_sanity_val_steps=0,
+        limit_val_batches=0, reload_dataloaders_every_n_epochs=1, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[timer, TQDMProgressBar(refresh_rate=20, leave=False)],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    judge = L.Trainer(
+        accelerator=args.device, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[evaluation, figures],
+    )  # fmt: skip
+    judge.validate(module, datamodule=data, verbose=False)
+    summary, nan = figures.validation, float("nan")
+    ap, ap50 = (evaluation.metrics[name] for name in ("AP", "AP50"))
+    assert ap is not None and ap50 is not None  # the data were checked for objects
+    solver_steps, converged = (summary.mean_steps, summary.converged) if summary else (nan, nan)
+    return Row(detector, neck, seed, args.steps, ap, ap50, timer.median, solver_steps, converged, module.skipped_steps)
+
+
+def finished(folder: Path) -> list[Row]:
+    """The rows of an earlier run of the same command."""
+    path = folder / ROWS
+    if not path.exists():
+        return []
+    kinds = {"detector": str, "neck": str, "seed": int, "steps": int, "skipped": int}
+    with path.open(newline="") as file:
+        return [
+            Row(**{f.name: kinds.get(f.name, float)(line[f.name]) for f in fields(Row)})
+            for line in csv.DictReader(file)
+        ]
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    header = ["detector", "neck", "seeds", "AP", "AP50", "s/step", "solver steps", "converged", "skipped"]
+    lines = []
+    for detector in DETECTORS:
+        for neck in NECKS:
+            group = [row for row in rows if (row.detector, row.neck) == (detector, neck)]
+            if not group:
+                continue
+            line = [detector, neck, str(len(group)), *(spread([getattr(r, k) for r in group]) for k in ("ap", "ap50"))]
+            line.append(f"{mean(r.seconds_per_step for r in group):.2f}")
+            solved = neck == "ifpn"
+            line.append(f"{mean(r.solver_steps for r in group):.1f}" if solved else "-")
+            line.append(f"{mean(r.converged for r in group):.1%}" if solved else "-")
+            lines.append([*line, str(sum(r.skipped for r in group))])
+    return format_table(header, lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    return f"{mean(values):.3f} +- {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    args = parse_arguments(argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    record = run_record(torch.device(args.device), None, settings_of(args))
+    print(describe(record), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = finished(args.out)
+    if any(row.steps != args.steps for row in rows):
+        raise SystemExit(f"error: {args.out} holds rows of {rows[0].steps} steps: --out goes elsewhere")
+    write_json(args.out / RECORD, record)
+    done = {(row.detector, row.neck, row.seed) for row in rows}
+    for seed in args.seeds:  # the outer loop: an interrupted run has whole comparisons
+        for detector in args.detectors:
+            for neck in args.necks:
+                if (detector, neck, seed) not in done:
+                    rows.append(train(args, detector, neck, seed))
+                    write_csv(args.out / ROWS, rows)
+                    print({k: v for k, v in asdict(rows[-1]).items() if v == v}, flush=True)
+    print(summary_table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
