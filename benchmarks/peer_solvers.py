@@ -9,6 +9,7 @@ rule, and have no criterion of their own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import warnings
@@ -180,9 +181,8 @@ def _scipy_peers() -> list[Peer]:
 def _xitorch_peers() -> list[Peer]:
     def peer(method: str) -> Callable[[Any], Any]:
         def solve(f: Any) -> None:
-            from xitorch.optimize import equilibrium
-
-            equilibrium(lambda x: f(x), f.x0, method=method, maxiter=10**6, f_tol=0.0, x_tol=0.0)
+            optimize = importlib.import_module("xitorch.optimize")
+            optimize.equilibrium(lambda x: f(x), f.x0, method=method, maxiter=10**6, f_tol=0.0, x_tol=0.0)
 
         return solve
 
@@ -191,8 +191,8 @@ def _xitorch_peers() -> list[Peer]:
 
 def _deepinv_peers() -> list[Peer]:
     def solve(f: Any) -> None:
-        from deepinv.optim import AndersonAccelerationConfig
-        from deepinv.optim.fixed_point import FixedPoint
+        optim = importlib.import_module("deepinv.optim")
+        fixed_point = importlib.import_module("deepinv.optim.fixed_point")
 
         class Step(torch.nn.Module):
             has_cost, cost_fn = False, None
@@ -200,12 +200,12 @@ def _deepinv_peers() -> list[Peer]:
             def forward(self, X: dict[str, Any], *_: Any) -> dict[str, Any]:
                 return {"est": (f(X["est"][0]),), "cost": None}
 
-        solver = FixedPoint(
+        solver = fixed_point.FixedPoint(
             Step(),
             init_iterate_fn=lambda *_, **__: {"est": (f.x0,), "cost": None},
             max_iter=10**6,
             early_stop=False,
-            anderson_acceleration_config=AndersonAccelerationConfig(),
+            anderson_acceleration_config=optim.AndersonAccelerationConfig(),
         )
         solver(None, None)
 

@@ -42,7 +42,7 @@ class Anderson(Solver):
 
     name: ClassVar[str] = "anderson"
     record: ClassVar[type | None] = InverseJacobian
-    history: int = 50
+    history: int = 100
     mixing: float = 1.0
     ridge: float | None = None
     restart_factor: float = 10.0

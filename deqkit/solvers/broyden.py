@@ -56,7 +56,7 @@ class Broyden(Solver):
 
     name: ClassVar[str] = "broyden"
     record: ClassVar[type | None] = InverseJacobian
-    history: int = 50
+    history: int = 100
     restart_factor: float = 1000.0
     variant: Literal["good", "bad"] = "good"
     line_search: int = 0
