@@ -84,7 +84,7 @@ def make_body(
     _check_deformable(deformable_stages, trainable_layers)
     body = _classifier(name, weights, norm_layer, progress)
     make_stages_deformable_(body, deformable_stages)
-    _freeze(body, trainable_layers)
+    freeze(body, trainable_layers)
     return body
 
 
@@ -136,7 +136,8 @@ def _trained(trainable_layers: int) -> list[str]:
     return [*trained, "bn1"] if trainable_layers == 5 else trained
 
 
-def _freeze(body: ResNet, trainable_layers: int) -> None:
+def freeze(body: ResNet, trainable_layers: int) -> None:
+    """Leaves all but the last layers of a ResNet untrained, counted from 0 to 5."""
     trained = tuple(_trained(trainable_layers))
     for name, parameter in body.named_parameters():
         if not name.startswith(trained):

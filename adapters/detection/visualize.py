@@ -1,4 +1,4 @@
-"""Pictures of detectors: detections on images, feature maps of necks side by side, residual traces.
+"""Pictures of detectors: detections on images, feature maps of necks side by side, receptive fields, residual traces.
 
 Everything is drawn on matplotlib figures that are never shown, so no display is needed, and written in one piece.
 """
@@ -12,45 +12,61 @@ from typing import Any
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torchvision.models.detection import RetinaNet
+from torch.nn.functional import avg_pool2d
 
 import deqkit
 from adapters.detection.files import written_whole
+from adapters.detection.levels import choose_levels, level_names, strengths
+from adapters.detection.receptive_field import THRESHOLD, ReceptiveField
 
+_DPI = 150
 _IMAGE_INCHES = 3.2  # width of an image in `draw_detections`
+_PICTURE_PIXELS = 1000  # least length of the longer side of a picture by `draw_boxes`
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+        figure.savefig(partial, dpi=_DPI, format=path.suffix[1:] or "png")
     return path
 
 
 def _draw_boxes(
-    axes: Axes, image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], scores: Tensor | None
+    axes: Axes,
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    scores: Tensor | None,
+    *,
+    inches: float = _IMAGE_INCHES,
+    size: float | None = None,
 ) -> None:
     """One image with its boxes; the colour tells the class."""
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+    # Pixel i covers i to i + 1, as the corners of boxes count.
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), extent=(0, image.shape[2], image.shape[1], 0))
     axes.set_xticks([])
     axes.set_yticks([])
     palette = colormaps["tab10"]
-    size = 6.0 if len(boxes) <= 12 else 4.0
-    pixels_per_point = image.shape[2] / (72 * _IMAGE_INCHES)
+    size = size or (6.0 if len(boxes) <= 12 else 4.0)
+    line_width = 1.4 * max(1.0, size / 8)
+    pixels_per_point = image.shape[2] / (72 * inches)
     taken: list[tuple[float, float, float]] = []
     for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = palette((label - 1) % 10)
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=line_width))
         text = names[int(label)] + ("" if scores is None else f" {scores[i]:.2f}")
         style: dict[str, Any] = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
         line, width = 1.5 * size * pixels_per_point, 0.65 * size * len(text) * pixels_per_point
-        y = _free_line(taken, x1, width, y1 - line if y1 > line else y1, line)
+        x = max(0.0, min(x1, image.shape[2] - width))  # not beyond the right border
+        y = _free_line(taken, x, width, y1 - line if y1 > line else y1, line)
         axes.text(
-            x1,
+            x,
             y,
             text,
             fontsize=size,
@@ -73,7 +89,7 @@ def _free_line(taken: list[tuple[float, float, float]], x: float, width: float, 
 @torch.no_grad()
 def draw_detections(
     path: str | Path,
-    models: Mapping[str, RetinaNet],
+    models: Mapping[str, Any],
     images: Sequence[Tensor],
     targets: Sequence[Mapping[str, Tensor]],
     class_names: Sequence[str],
@@ -113,46 +129,64 @@ def draw_detections(
     return _save(figure, path)
 
 
+def draw_boxes(
+    path: str | Path, image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, class_names: Sequence[str]
+) -> Path:
+    """Draws detections on one image, in the size of the image or, for a small one, larger.
+
+    Args:
+        path: Picture to write.
+        image: Image of shape (3, H, W) in 0..1.
+        boxes: Corners x1, y1, x2, y2 in pixels, shape (N, 4).
+        labels: Shape (N,).
+        scores: Shape (N,).
+        class_names: Name per label, the background's first.
+
+    Returns:
+        The path.
+    """
+    height, width = image.shape[1:]
+    inches = width * max(1.0, _PICTURE_PIXELS / max(height, width)) / _DPI
+    figure = Figure(figsize=(inches, inches * height / width))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    # As legible on a large photograph as on a small one.
+    size = (8.0 if len(boxes) <= 30 else 6.0) * max(1.0, max(height, width) / _PICTURE_PIXELS)
+    _draw_boxes(axes, image, boxes, labels, class_names, scores, inches=inches, size=size)
+    axes.set_axis_off()
+    return _save(figure, path)
+
+
 def _aspect(images: Sequence[Tensor]) -> float:
     """Height over width, mean over images."""
     return sum(image.shape[1] / image.shape[2] for image in images) / len(images)
 
 
-@torch.no_grad()
-def pyramid(model: RetinaNet, image: Tensor) -> list[Tensor]:
-    """Strength of every pyramid level at every position, the norm over channels: maps (H_l, W_l).
-
-    Args:
-        model: A detector in eval mode.
-        image: Image of shape (3, H, W) in 0..1.
-    """
-    device = next(model.parameters()).device
-    batch, _ = model.transform([image.to(device)])
-    height, width = batch.image_sizes[0]
-    levels = []
-    for level in model.backbone(batch.tensors).values():
-        # The transform pads to a multiple of 32: what lies beyond the image is not shown.
-        rows = max(1, round(level.shape[2] * height / batch.tensors.shape[2]))
-        columns = max(1, round(level.shape[3] * width / batch.tensors.shape[3]))
-        levels.append(torch.linalg.vector_norm(level[0, :, :rows, :columns], dim=0).cpu())
-    return levels
-
-
-def draw_feature_maps(path: str | Path, models: Mapping[str, RetinaNet], images: Sequence[Tensor]) -> Path:
+def draw_feature_maps(
+    path: str | Path, models: Mapping[str, Any], images: Sequence[Tensor], levels: Sequence[str] | None = None
+) -> Path:
     """Draws the pyramid levels of several models below one another, for each image (Fig. 5 of arXiv 2012.13563).
 
     Necks give features of different size, and so do levels: every map is shown relative to its own maximum.
 
     Args:
         path: Picture to write.
-        models: Detectors by name, in eval mode.
+        models: Detectors by name, in eval mode, all with the same levels.
         images: Images of shape (3, H, W) in 0..1.
+        levels: Which of the levels to draw, such as ``["P5", "P6", "P7"]``. Default: all.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: A level is unknown, or the models have different ones.
     """
-    maps = {name: [pyramid(model, image) for image in images] for name, model in models.items()}
-    num_levels = len(next(iter(maps.values()))[0])
+    maps = {name: [strengths(model, image) for image in images] for name, model in models.items()}
+    names = {tuple(level_names(model, len(maps[name][0]))) for name, model in models.items()}
+    if len(names) > 1:
+        raise ValueError(f"the detectors have different levels: {' and '.join(map(str, sorted(names)))}")
+    titles = list(names.pop())
+    shown_levels = choose_levels(titles, levels)
+    num_levels = len(shown_levels)
     rows = len(images) * len(models)
     figure = Figure(figsize=(1.9 * (1 + num_levels) + 0.8, 1.9 * rows * _aspect(images) + 0.5), layout="constrained")
     grid = figure.subplots(rows, 1 + num_levels, squeeze=False)
@@ -162,16 +196,53 @@ def draw_feature_maps(path: str | Path, models: Mapping[str, RetinaNet], images:
             line = grid[i * len(models) + j]
             line[0].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             line[0].set_ylabel(name, fontsize=11)
-            for axes, level in zip(line[1:], maps[name][i], strict=True):
-                shown = axes.imshow((level / level.max().clamp(min=1e-12)).numpy(), cmap="viridis", vmin=0, vmax=1)
+            for axes, k in zip(line[1:], shown_levels, strict=True):
+                level, height, width = maps[name][i][k]
+                relative = (level / level.max().clamp(min=1e-12)).numpy()
+                shown = axes.imshow(relative, cmap="viridis", vmin=0, vmax=1, extent=(0, width, height, 0))
+                axes.set_xlim(0, image.shape[2])  # the last cells reach beyond the image
+                axes.set_ylim(image.shape[1], 0)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    for axes, title in zip(grid[0], ("image", *(f"P{3 + k}" for k in range(num_levels))), strict=True):
+    for axes, title in zip(grid[0], ("image", *(titles[k] for k in shown_levels)), strict=True):
         axes.set_title(title, fontsize=11)
     if shown is not None:
         bar = figure.colorbar(shown, ax=grid, fraction=0.02, pad=0.01)
         bar.set_label("norm over channels / maximum of the map", fontsize=9)
+    return _save(figure, path)
+
+
+def draw_receptive_fields(path: str | Path, fields: Mapping[str, Sequence[ReceptiveField]]) -> Path:
+    """Draws the effective receptive fields of several detectors below one another, a column per level.
+
+    Args:
+        path: Picture to write.
+        fields: Per detector those of its levels; the same levels for all.
+
+    Returns:
+        The path.
+    """
+    columns = len(next(iter(fields.values())))
+    figure = Figure(figsize=(2.0 * columns + 1.1, 2.1 * len(fields) + 0.2), layout="constrained")
+    grid = figure.subplots(len(fields), columns, squeeze=False)
+    shown = None
+    for line, (name, levels) in zip(grid, fields.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=11)
+        for axes, field in zip(line, levels, strict=True):
+            # Colours by decades: on a linear scale all but the middle would be black.
+            shown = axes.imshow(field.map.clamp(min=1e-4).numpy(), norm=LogNorm(1e-3, 1), cmap="magma")
+            # Smoothed: the line would otherwise go around single pixels.
+            smooth = avg_pool2d(field.map[None], 2 * (min(field.map.shape) // 50) + 1, 1, min(field.map.shape) // 50)[0]
+            if smooth.min() < THRESHOLD <= smooth.max():
+                axes.contour(smooth.numpy(), levels=[THRESHOLD], colors="white", linewidths=0.8)
+            axes.set_title(f"{field.level}: {field.side:.0f} px ({field.area:.0%})", fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=grid, fraction=0.03, pad=0.01, extend="min")
+        bar.set_label(f"gradient of the centre cell / its maximum\n(white line: {THRESHOLD:.2%})", fontsize=8)
+        bar.ax.axhline(THRESHOLD, color="white", linewidth=0.8)
     return _save(figure, path)
 
 

@@ -270,7 +270,7 @@ def _image_fault(folder: Path, entry: Mapping[str, Any]) -> str | None:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
             turned = size != (entry["width"], entry["height"]) and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-            if mode == "F" or (mode == "I" and not _is_16_bit(image)):
+            if has_32_bit_pixels(image):
                 return f"image {path} has 32-bit pixels (mode {mode}): only 8-bit and 16-bit images can be read"
             image.draft("RGB", (1, 1))  # JPEG only: reads all the data but reconstructs an eighth of the pixels
             image.load()
@@ -286,12 +286,17 @@ def _image_fault(folder: Path, entry: Mapping[str, Any]) -> str | None:
     return None
 
 
+def has_32_bit_pixels(image: Image.Image) -> bool:
+    """Whether the range of the pixels is anybody's guess."""
+    return image.mode == "F" or (image.mode == "I" and not _is_16_bit(image))
+
+
 def _is_16_bit(image: Image.Image) -> bool:
     """Whether the pixels run to 65535. Pillow calls 16-bit PNGs "I" in some versions."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB; `Image.convert` alone would cut 16-bit pixels at 255, to a white picture."""
     if _is_16_bit(image):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
@@ -349,7 +354,7 @@ class CocoDetection(Dataset):
         path = self.folder / entry["file_name"]
         try:
             with Image.open(path) as file:
-                image = tv_tensors.Image(v2.functional.pil_to_tensor(_rgb(file)))
+                image = tv_tensors.Image(v2.functional.pil_to_tensor(to_rgb(file)))
         except OSError as error:
             raise DataError(f"unreadable image {path}: {error}") from None
         boxes, labels = self._targets[index]

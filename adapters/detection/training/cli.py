@@ -28,7 +28,7 @@ from adapters.detection.training.run_folder import SaveLastStep, best_checkpoint
 from adapters.detection.training.solver_figures import SolverFigures
 from adapters.detection.training.step_timer import StepTimer
 
-__all__ = ["PACKAGE", "DetectionCLI", "run"]
+__all__ = ["PACKAGE", "DEFAULTS", "DetectionCLI", "find_recipe", "run"]
 
 PACKAGE = Path(__file__).parent.parent
 DEFAULTS = PACKAGE / "recipes" / "defaults.yaml"
@@ -84,7 +84,7 @@ class DetectionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the command line; ``--config recipes/...`` is found from any folder."""
         words = sys.argv[1:] if args is None else args
-        super().parse_arguments(parser, [_found(word) for word in words] if isinstance(words, list) else words)
+        super().parse_arguments(parser, [find_recipe(word) for word in words] if isinstance(words, list) else words)
 
     @property
     def options(self) -> Any:
@@ -173,7 +173,7 @@ class DetectionCLI(LightningCLI):
         return self._parser(self.subcommand).dump(self.options, skip_unset=False)
 
 
-def _found(word: str) -> str:
+def find_recipe(word: str) -> str:
     """A recipe of this package by its path from here, where there is no such file in the working folder."""
     option, equals, path = word.rpartition("=")
     packaged = PACKAGE / path
