@@ -70,6 +70,11 @@ def at_least(values: Array, low: float) -> Array:
     return values.clamp(min=low) if isinstance(values, Tensor) else np.maximum(values, low)
 
 
+def log(values: Array) -> Array:
+    """Natural logarithm."""
+    return values.log() if isinstance(values, Tensor) else np.log(values)
+
+
 def indices(values: Array) -> Array:
     """0, 1, ... for a vector."""
     return torch.arange(len(values), device=values.device) if isinstance(values, Tensor) else np.arange(len(values))

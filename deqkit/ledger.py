@@ -53,6 +53,7 @@ class Ledger:
         trace: whether to keep the relative residual of every evaluation.
         active: which samples to solve, bool (B,); None for all.
         may_retreat: whether a step out of the domain of f may be taken back.
+        limits: largest number of steps per sample (B,); None: whoever keeps the ledger sees to it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Ledger:
         trace: bool,
         active: Tensor | None,
         may_retreat: bool = True,
+        limits: Tensor | None = None,
     ) -> None:
         self.on_host, self.termination = on_host, termination
         self.may_retreat = may_retreat and not termination.fixed_steps
@@ -72,6 +74,7 @@ class Ledger:
         self.trace: list[Array] | None = [] if trace else None
         self.step = -1
         self._given = active
+        self.limits: Array | None = arrays.to_host(limits) if on_host and limits is not None else limits
 
     def _open(self, residual: Array, scale: Array, distance: Array) -> None:
         """Begin the books, with the first evaluation."""
@@ -132,6 +135,12 @@ class Ledger:
                 ended = ended | stagnated
                 far = stagnated & (self.residual > self.patience.low_limit)
                 reasons = [(Status.STAGNATED, stagnated), (Status.DIVERGED, far), *reasons]
+            if self.limits is not None:
+                hopeless = self.patience.hopeless(self.best_distance, self.limits - self.step)
+                if hopeless is not None:
+                    ended, reasons = ended | hopeless, [(Status.STAGNATED, hopeless), *reasons]
+                late = self.limits <= self.step
+                ended, reasons = ended | late, [(Status.MAX_STEPS, late), *reasons]
         if self.may_retreat:
             self._step_outside(~finite)
             ended = ended & ~self.outside

@@ -55,6 +55,7 @@ def run(
     max_steps: int,
     norm: StateNorm,
     active: Tensor | None = None,
+    limits: Tensor | None = None,
     trace: bool = False,
     keep: Collection[int] = (),
     callback: Callable[[StepInfo], None] | None = None,
@@ -71,6 +72,7 @@ def run(
         norm: residual and scale per sample.
         active: which samples to solve, bool (B,); None for all. The others stay where they are, with a status that
             means nothing.
+        limits: limit of solver steps per sample, int (B,), none above ``max_steps``; None: ``max_steps`` for all.
         trace: whether to keep the relative residual of every evaluation.
         keep: steps whose points are wanted.
         callback: called after every evaluation.
@@ -95,7 +97,7 @@ def run(
             r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
         with torch.no_grad():
             if ledger is None:
-                ledger = Ledger(x, r, on_host, termination, trace, active, solver.may_retreat)
+                ledger = Ledger(x, r, on_host, termination, trace, active, solver.may_retreat, limits)
             ledger.record(step, *norm(r, fx))
             if callback is not None:
                 _tell(callback, f, step, x, ledger)

@@ -15,7 +15,7 @@ from deqkit.norms import StateNorm
 from deqkit.solution import Status
 from deqkit.solvers.base import Solver
 from deqkit.state import Blocks, Evaluator
-from deqkit.termination import Termination, patience_for
+from deqkit.termination import Termination, outlook_for, patience_for
 
 
 def run(
@@ -34,6 +34,8 @@ def run(
     """`deqkit.loop.run` for each stage of ``solver`` in turn, until all samples are solved or the steps are used up.
 
     Every stage evaluates its starting points once more. Steps are counted through; the trace holds those points once.
+    The limit is that of every sample: a batch of which some samples end late in one stage, and others in the next, has
+    f evaluated more often.
 
     Args:
         f: see `deqkit.loop.run`, as for the others.
@@ -47,28 +49,30 @@ def run(
         callback: see there.
         record: see there; of the first stage.
     """
-    stages = solver.stages(max_steps)
+    first, *others = solver.stages()
     if termination.fixed_steps:  # there is no failure to see
-        stages = [(stages[0][0], max_steps)]
-    result: LoopResult | None = None
-    for stage, steps in stages:
-        limits = replace(termination, patience=patience_for(steps, stage.blind_steps))
-        if result is None:
-            result = loop.run(
-                f, x0, stage, limits, max_steps=steps, norm=norm, trace=trace, keep=keep, callback=callback,
-                record=record,
-            )  # fmt: skip
-            continue
-        failed = result.status != Status.CONVERGED
-        if steps == 0 or not bool(failed.any()):
+        others = []
+    patient = replace(termination, patience=patience_for(max_steps, first.blind_steps))
+    limits = None
+    if others:  # which are waiting
+        patient = replace(patient, outlook=outlook_for(max_steps, first.blind_steps))
+        limits = torch.full((f.layout.num_samples,), max_steps, device=f.layout.device)
+    result = loop.run(
+        f, x0, first, patient, max_steps=max_steps, norm=norm, limits=limits, trace=trace, keep=keep, callback=callback,
+        record=record,
+    )  # fmt: skip
+    for stage in others:
+        left = max_steps - result.num_steps
+        failed = (result.status != Status.CONVERGED) & (left > 0)
+        if not bool(failed.any()):
             break
-        done = int(result.num_steps.max())
+        steps, done = int(left[failed].max()), int(result.num_steps.max())
+        patient = replace(termination, patience=patience_for(steps, stage.blind_steps))
         later = loop.run(
-            f, result.x, stage, limits, max_steps=steps, norm=norm, active=failed, trace=trace,
+            f, result.x, stage, patient, max_steps=steps, norm=norm, active=failed, limits=left, trace=trace,
             keep=_later_steps(keep, result.num_steps[failed]), callback=_counting_on(callback, done),
         )  # fmt: skip
         result = _merge(result, later, failed, keep)
-    assert result is not None
     return result
 
 

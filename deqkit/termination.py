@@ -6,7 +6,9 @@ A sample is done when |f(x) - x| <= atol + rtol |f(x)|. It is given up early
   the start (so that a good starting point, whose first residual is tiny, is no ground for alarm);
 * as diverged, too, when its patience runs out (see below) at a residual beyond the square root of that factor;
 * as stagnated, when in the last `patience` steps the best distance from the tolerance has not shrunk by even
-  `min_progress`.
+  `min_progress`;
+* as stagnated, too, where another solver is waiting for it, when at the pace of the last `outlook` steps it would not
+  get there in twice the steps that are left.
 
 Where a norm tells several parts of the state apart, the part farthest from its tolerance speaks for the sample.
 
@@ -41,6 +43,7 @@ class Termination:
         divergence_factor: growth of the residual beyond which a sample has diverged.
         patience: steps without progress after which a sample has stagnated.
         min_progress: relative fall of the best residual that counts as progress.
+        outlook: steps over which the pace of a sample is judged; None: it is not given up for being slow.
 
     Raises:
         ValueError: a negative or non-finite tolerance.
@@ -51,6 +54,7 @@ class Termination:
     divergence_factor: float = 1e8  # an expanding map may well leave a tiny start for a fixed point of ordinary size
     patience: int = 30
     min_progress: float = 1e-3
+    outlook: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -106,6 +110,11 @@ def patience_for(max_steps: int, blind_steps: int = 0) -> int:
     return max(30, max_steps // 4, 2 * blind_steps)
 
 
+def outlook_for(max_steps: int, blind_steps: int = 0) -> int:
+    """Steps over which a sample's pace is judged, where another solver is waiting for it; see `patience_for`."""
+    return max(10, max_steps // 8, 2 * blind_steps)
+
+
 class Patience:
     """Per-sample memory of the divergence and stagnation tests; all arrays (B,)."""
 
@@ -126,3 +135,11 @@ class Patience:
         if len(self.bests) <= self.termination.patience:
             return None
         return best_distance > (1 - self.termination.min_progress) * self.bests[0]
+
+    def hopeless(self, best_distance: Array, steps_left: Array) -> Array | None:
+        """Which samples are too slow, after `stagnated` has recorded the best distance; None before any could be."""
+        outlook = self.termination.outlook
+        if outlook is None or len(self.bests) <= outlook:
+            return None
+        pace = arrays.log(self.bests[-1 - outlook] / best_distance) / outlook
+        return arrays.log(best_distance) > 2 * pace * steps_left

@@ -113,6 +113,33 @@ def test_auto_switches_only_where_it_must() -> None:
     assert sol.trace[-1, 1] <= 1e-8
 
 
+def test_auto_leaves_a_sample_to_a_solver_that_gets_there() -> None:
+    """Anderson is slow at first on a general linear map, and superlinear in the end."""
+    eq = linear(96, 3, radius=0.99)
+    settings = {"args": eq.args, "rtol": 1e-5, "max_steps": 80}
+    alone = deqkit.solve(eq.f, eq.x0, solver="anderson", **settings)
+    assert alone.converged.all() and alone.num_steps.max() > 40
+    both = deqkit.solve(eq.f, eq.x0, solver="auto", **settings)
+    assert torch.equal(both.value, alone.value) and torch.equal(both.num_steps, alone.num_steps)
+
+
+def test_auto_has_the_steps_of_one_solver_for_every_sample() -> None:
+    """Handed on early, samples have what is left; alone they fare as in the batch."""
+    a, b = expanding(batch=6)
+    gain = torch.linspace(0.2, 1.3, 6, dtype=torch.float64).unsqueeze(1)
+    f = lambda x, gain, b: torch.tanh(gain * (x @ a.T) + b)  # noqa: E731
+    solver = deqkit.Auto((deqkit.FixedPointIteration(), deqkit.Broyden()))
+    settings = {"solver": solver, "rtol": 1e-9, "max_steps": 60, "on_failure": "ignore"}
+    sol = deqkit.solve(f, torch.zeros_like(b), args=(gain, b), **settings)
+    assert (sol.num_steps <= 60).all()
+    first = deqkit.solve(f, torch.zeros_like(b), args=(gain, b), **settings | {"solver": "fixed_point"})
+    assert first.converged.sum() < sol.converged.sum()
+    for i in range(6):
+        alone = deqkit.solve(f, torch.zeros_like(b[:1]), args=(gain[i : i + 1], b[i : i + 1]), **settings)
+        assert alone.num_steps[0] == sol.num_steps[i] and alone.status[0] == sol.status[i]
+        torch.testing.assert_close(alone.value[0], sol.value[i], rtol=1e-8, atol=1e-10)
+
+
 def test_auto_counts_its_steps_through() -> None:
     a, b = expanding(batch=1)
     f = lambda x: torch.tanh(x @ a.T + b)  # noqa: E731

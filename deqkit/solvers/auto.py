@@ -16,11 +16,12 @@ class Auto(Solver):
     """Anderson acceleration, then Broyden's method, then Newton-Krylov, for the samples that are not solved by then.
 
     Where f contracts, Anderson needs the fewest steps; where it expands, Broyden gets through more often; close to a
-    singular Jacobian Newton-Krylov does. The first solver has half of the steps, the others share the other half.
+    singular Jacobian Newton-Krylov does. A sample is handed on when a solver diverges or stagnates on it, by the first
+    one also when at its present pace it would not get there in twice the steps that are left. It has `max_steps` in
+    all.
 
     A later solver starts from the best point of those before and knows nothing of their history: each sample still
-    fares as if it were alone. A sample on which a solver diverges or stagnates waits for the others and is then taken
-    up by the next. A solve of a fixed number of steps has no failures to see and stays with the first.
+    fares as if it were alone. A solve of a fixed number of steps has no failures to see and stays with the first.
 
     Args:
         solvers: solver objects, in the order in which they are tried.
@@ -46,11 +47,9 @@ class Auto(Solver):
                 raise ValueError(f"Auto: each of the solvers must be a single one, got {solver!r}")
         object.__setattr__(self, "solvers", solvers)
 
-    def stages(self, max_steps: int) -> list[tuple[Solver, int]]:
-        """Each solver with its share of the steps."""
-        first, *others = self.solvers
-        share = max_steps // (2 * len(others)) if others else 0
-        return [(first, max_steps - share * len(others)), *((solver, share) for solver in others)]
+    def stages(self) -> tuple[Solver, ...]:
+        """The solvers."""
+        return self.solvers
 
     def start(self) -> SolverState:
         """The state of the first solver."""

@@ -112,9 +112,9 @@ class Solver(ABC):
         """The most steps in a row that may bring no better point although all goes well."""
         return 0
 
-    def stages(self, max_steps: int) -> list[tuple[Solver, int]]:
-        """The solvers that make up this one, in the order in which they are tried, with the step limit of each."""
-        return [(self, max_steps)]
+    def stages(self) -> tuple[Solver, ...]:
+        """The solvers that make up this one, in the order in which they are tried."""
+        return (self,)
 
     @abstractmethod
     def start(self) -> SolverState:
