@@ -77,4 +77,5 @@ def log(values: Array) -> Array:
 
 def indices(values: Array) -> Array:
     """0, 1, ... for a vector."""
-    return torch.arange(len(values), device=values.device) if isinstance(values, Tensor) else np.arange(len(values))
+    count = values.shape[0]  # len() would fix the batch size of an exported program
+    return torch.arange(count, device=values.device) if isinstance(values, Tensor) else np.arange(count)

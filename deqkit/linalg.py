@@ -89,7 +89,9 @@ class History:
         return index, slot
 
     def _grow(self, blocks: Blocks) -> None:
-        column = max(1, sum(b.numel() * b.element_size() for b in blocks))  # bytes
+        # A choice that depends on a symbolic batch size would bound the batches that an exported program takes.
+        samples = blocks[0].shape[0] if isinstance(blocks[0].shape[0], int) else 1
+        column = max(1, samples * sum(b.shape[1] * b.element_size() for b in blocks))  # bytes
         capacity = self.capacity
         # The size of a batch may not be known to an exported graph, and then decides nothing.
         small = torch.compiler.is_exporting() or capacity * column <= _SMALL_BUFFER
