@@ -25,6 +25,7 @@ from adapters.detection.builders import (
     retinanet_resnet50_ifpn,
 )
 from adapters.detection.deformable import ModulatedDeformConv2d
+from adapters.detection.export import FixedSteps, check_fixed_steps, export_detector, export_onnx
 from adapters.detection.fcos import PaperFCOS
 from adapters.detection.necks import (
     CROSS_SCALE_CONNECTIONS,
@@ -55,6 +56,7 @@ __all__ = [
     "BiFPNConnection",
     "CrossScaleFactory",
     "DenseConnection",
+    "FixedSteps",
     "ImplicitFPN",
     "MDEQTransform",
     "ModulatedDeformConv2d",
@@ -70,7 +72,10 @@ __all__ = [
     "autoassign_resnet50_fpn",
     "autoassign_resnet50_ifpn",
     "build_detector",
+    "check_fixed_steps",
     "convert_fpn_",
+    "export_detector",
+    "export_onnx",
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_ifpn",
     "fcos_paper_resnet50_fpn",

@@ -9,6 +9,7 @@ COMMANDS = {
     "features": "adapters.detection.commands:features",
     "receptive-field": "adapters.detection.commands:receptive_field",
     "cost": "adapters.detection.commands:cost",
+    "export": "adapters.detection.export_command:export",
 }
 """What there is beside training and evaluation (`training.cli`): the function of a command."""
 
