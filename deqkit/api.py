@@ -140,7 +140,8 @@ def solve(
             callback=callback,
             record=record,
         )
-        return replace(result, kept={step: result.kept.get(step, result.x) for step in sorted(keep)})
+        kept = {step: result.kept.get(step, result.x) for step in sorted(keep)}
+        return replace(result, kept={step: tuple(b.clone() for b in x) for step, x in kept.items()})
 
     with without_autocast(layout.device), scope.around_a_trace():
         result = solve_at_every_level(adjoint, problem, layout.pack(x0), run)

@@ -128,7 +128,8 @@ def _tell(callback: Callable[[StepInfo], None], f: Evaluator, step: int, x: Bloc
     sizes = (ledger.residual, relative(ledger.residual, ledger.scale), ledger.was_active)
     residual, relative_residual, active = (per_sample(arrays.as_tensor(a, x[0])) for a in sizes)
     versions = versions_of(x)
-    callback(StepInfo(step, f.layout.unpack(x), residual.to(dtype), relative_residual.to(dtype), active.clone()))
+    own = residual.to(dtype, copy=True), relative_residual.to(dtype), active.clone()
+    callback(StepInfo(step, f.layout.unpack(x), *own))
     if versions != versions_of(x):
         raise RuntimeError(
             "callback changed info.value in place; it must leave it as it is, and change a clone instead"

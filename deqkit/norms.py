@@ -73,6 +73,9 @@ def make_norm(norm: str | Callable[[Any], Tensor] | None, layout: StateLayout) -
             if not isinstance(size, Tensor) or size.shape != layout.batch_shape:
                 got = tuple(size.shape) if isinstance(size, Tensor) else type(size).__name__
                 raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, got {got}")
-        return sizes[0].reshape(1, -1), sizes[1].reshape(1, -1)
+            if not size.is_floating_point():
+                raise TypeError(f"norm must return real floating numbers, got {size.dtype}")
+        wide = linalg.small_dtype(layout.device)
+        return sizes[0].reshape(1, -1).to(wide), sizes[1].reshape(1, -1).to(wide)
 
     return custom

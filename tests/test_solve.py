@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -334,6 +335,20 @@ def test_norm_function() -> None:
     torch.testing.assert_close(sol.residual, (fx - sol.value).abs().amax(dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+def test_norm_function_of_any_dtype(dtype: torch.dtype) -> None:
+    largest = lambda x: x.abs().amax(dim=1)  # noqa: E731
+    sol = deqkit.solve(lambda x: 0.5 * x + 1, torch.zeros(2, 3, dtype=dtype), norm=largest, rtol=1e-2)
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.residual, largest(0.5 * sol.value + 1 - sol.value).float())
+
+
+@pytest.mark.parametrize("norm", [lambda x: x.sum(dim=1), lambda x: (1000 * x.abs().amax(dim=1)).long()])
+def test_norm_function_must_return_real_numbers(norm: Any) -> None:
+    with pytest.raises(TypeError, match="norm must return real floating numbers"):
+        deqkit.solve(lambda x: 0.5 * x + 1, torch.zeros(2, 3, dtype=torch.complex64), norm=norm)
+
+
 def test_printing() -> None:
     sol = deqkit.solve(
         lambda x: torch.tensor([[0.5], [0.999]]) * x + 1, torch.zeros(2, 1), solver="fixed_point", on_failure="ignore"
@@ -370,6 +385,22 @@ def test_patience_grows_with_the_step_limit() -> None:
 def test_a_callback_must_leave_the_point_alone() -> None:
     with pytest.raises(RuntimeError, match="callback changed info.value in place"):
         deqkit.solve(lambda x: 0.5 * x + 1, torch.zeros(2, 3), callback=lambda info: info.value.zero_())
+
+
+def test_what_a_callback_does_to_the_numbers_it_is_told_stays_with_it() -> None:
+    told = lambda info: [t.zero_() for t in (info.residual, info.relative_residual, info.active)]  # noqa: E731
+    x0 = torch.zeros(2, 3, dtype=torch.float64)
+    sol = deqkit.solve(lambda x: 0.5 * torch.cos(x) + 1, x0, callback=told)
+    torch.testing.assert_close(sol.residual, (0.5 * torch.cos(sol.value) + 1 - sol.value).norm(dim=1))
+
+
+def test_the_states_kept_share_no_memory_with_the_value() -> None:
+    x0 = torch.zeros(2, 3)
+    sol = deqkit.solve(
+        lambda x: 0.5 * x + 1, x0, solver="fixed_point", max_steps=3, keep=(0, 3, 9), on_failure="ignore"
+    )
+    sol.value.zero_()
+    assert (sol.states[3] > 1).all() and (sol.states[9] > 1).all()
 
 
 def test_messages_name_what_was_measured() -> None:
