@@ -320,8 +320,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @functools.cache
 def _of_one_level(function: type[torch.autograd.Function]) -> Any:
-    methods = {name: function.__dict__[name] for name in ("forward", "backward")}
-    return type(function.__name__, (_SingleLevelFunction,), methods)
+    own = {name: member for name, member in function.__dict__.items() if name in ("forward", "backward", "cuts")}
+    return type(function.__name__, (_SingleLevelFunction,), own)
 
 
 def level_of(x: Tensor) -> int | None:

@@ -110,3 +110,24 @@ def test_double_backward_past_an_argument_used_twice_is_refused() -> None:
     torch.testing.assert_close(first, torch.autograd.grad(whole.sum(), a)[0])
     with pytest.raises(RuntimeError, match="only as its arguments"):
         torch.autograd.grad(x.sum(), a, create_graph=True)
+
+
+def nested(w: torch.Tensor) -> torch.Tensor:
+    """A solve in whose f there is another one."""
+
+    def f(y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        inner = deqkit.solve(lambda z, y, w: torch.tanh(0.5 * z @ w + y), torch.zeros_like(y), args=(y, w), **TIGHT)
+        return 0.5 * torch.tanh(inner.value + 0.2)
+
+    return deqkit.solve(f, torch.zeros(2, 3, dtype=w.dtype), args=(w,), **TIGHT).value
+
+
+def test_a_solve_inside_of_f() -> None:
+    torch.manual_seed(0)
+    w = torch.nn.init.orthogonal_(torch.empty(3, 3, dtype=torch.float64), gain=0.6).requires_grad_()
+    assert gradgradcheck(nested, (w,))
+    # Under activation checkpointing f is evaluated once more by an ordinary backward pass, too.
+    (expected,) = torch.autograd.grad(nested(w).square().sum(), w)
+    again = torch.utils.checkpoint.checkpoint(nested, w, use_reentrant=False)
+    (found,) = torch.autograd.grad(again.square().sum(), w)
+    torch.testing.assert_close(found, expected)

@@ -89,6 +89,8 @@ class Adjoint(ABC):
 class _Cut(torch.autograd.Function):
     """Identity through which no gradient passes, and which still lets its output be differentiated towards."""
 
+    cuts = True  # for `find_dependencies`: nothing depends on what lies behind
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return levels.passed_on(x, by=levels.view)

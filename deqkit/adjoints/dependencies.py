@@ -76,7 +76,7 @@ def find_dependencies(fx: Blocks, x: Blocks, aliases: Aliases) -> Dependencies:
     todo = [(b.grad_fn, b.output_nr) for b in fx]
     while todo:
         node, output_nr = todo.pop()
-        if node is None or (node, output_nr) in ends:
+        if node is None or (node, output_nr) in ends or _is_cut(node):
             continue
         variable = getattr(node, "variable", None)  # of the node that accumulates into a leaf
         tensor = edges.get((node, output_nr), variable)
@@ -88,6 +88,11 @@ def find_dependencies(fx: Blocks, x: Blocks, aliases: Aliases) -> Dependencies:
             seen.add(node)
             todo.extend(node.next_functions)
     return Dependencies(list(found.values()), complete)
+
+
+def _is_cut(node: Any) -> bool:
+    """Whether it is the point that a solve inside of f was differentiated at, another one in every evaluation."""
+    return getattr(getattr(node, "_forward_cls", None), "cuts", False)
 
 
 def check_same_function(

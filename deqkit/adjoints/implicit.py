@@ -47,6 +47,11 @@ _NEST = (
     "vjp or jvp instead"
 )
 
+_FORWARD_OVER_REVERSE = (
+    "forward-mode over reverse-mode differentiation by torch.autograd does not go through adjoint='implicit': use "
+    "torch.func.jvp of torch.func.grad, or torch.no_grad() for the tangent alone"
+)
+
 
 @dataclass(frozen=True)
 class ImplicitAdjoint(Adjoint):
@@ -81,6 +86,8 @@ class ImplicitAdjoint(Adjoint):
         at = Evaluation.of(problem.f, x)
         if not at.dependencies.any:
             return x
+        if problem.f.drops_tangents and any(_has_tangent(t) for t in at.dependencies.tensors):
+            raise NotImplementedError(_FORWARD_OVER_REVERSE)
         return levels.apply(_Implicit, self, problem, at.dependencies, len(x), *at.x, *at.fx, *at.dependencies.tensors)
 
     @property
@@ -100,13 +107,10 @@ class ImplicitAdjoint(Adjoint):
         f.drops_tangents = False
         fx = f(x)
         problem.f.num_calls += 1
-        if all(forward_ad.unpack_dual(b).tangent is None for b in fx):
+        if not any(_has_tangent(b) for b in fx):
             return x
         if any(b.requires_grad for b in x):
-            raise NotImplementedError(
-                "forward-mode over reverse-mode differentiation by torch.autograd does not go through "
-                "adjoint='implicit': use torch.func.jvp of torch.func.grad, or torch.no_grad() for the tangent alone"
-            )
+            raise NotImplementedError(_FORWARD_OVER_REVERSE)
 
         def tangent_of_f(v: Blocks) -> Blocks:
             return _tangents(f(tuple(forward_ad.make_dual(b, t) for b, t in zip(x, v, strict=True))))
@@ -187,6 +191,10 @@ class ImplicitAdjoint(Adjoint):
             stacklevel=2,
         )
         return result
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _tangents(blocks: Blocks) -> Blocks:
