@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import sys
 import warnings
@@ -149,6 +150,16 @@ def finished(folder: Path) -> list[Row]:
         ]
 
 
+def refuse_to_mix(args: argparse.Namespace) -> None:
+    """Rows of one table must be of equal budgets: those of other settings are not gone on with."""
+    path = args.out / RECORD
+    before = json.loads(path.read_text())["settings"] if path.exists() else {}
+    for name, value in settings_of(args).items():
+        if before.get(name) != value:
+            option = f"--{name.replace('_', '-')} {before.get(name)}"
+            raise SystemExit(f"error: {args.out} holds rows of {option}, not {value}: --out goes elsewhere")
+
+
 def summary_table(rows: Sequence[Row]) -> str:
     header = ["detector", "neck", "seeds", "AP", "AP50", "s/step", "solver steps", "converged", "skipped"]
     lines = []
@@ -180,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     print(describe(record), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = finished(args.out)
-    if any(row.steps != args.steps for row in rows):
-        raise SystemExit(f"error: {args.out} holds rows of {rows[0].steps} steps: --out goes elsewhere")
+    if rows:
+        refuse_to_mix(args)
     write_json(args.out / RECORD, record)
     done = {(row.detector, row.neck, row.seed) for row in rows}
     for seed in args.seeds:  # the outer loop: an interrupted run has whole comparisons
