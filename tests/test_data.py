@@ -392,6 +392,13 @@ class TestEvaluation:
         (entry,) = coco_results([output], [1], (0, 0, 3))
         assert entry["category_id"] == 0 and entry["bbox"] == [0, 0, 9, 9]
 
+    def test_what_is_not_finite_is_no_detection(self):
+        """It would be no json either, and the results file is for a server."""
+        boxes = [[0, 0, math.nan, 5], [0, 0, math.inf, 9], [0, 0, 9, 9], [1, 1, 2, 2]]
+        output = self.output(boxes, [0.9, 0.8, 0.7, math.nan], [1, 1, 1, 1])
+        (entry,) = coco_results([output], [1], (0, 5))
+        assert entry["bbox"] == [0, 0, 9, 9]
+
     def two_objects(self, second):
         """One image of 200 by 200 pixels with an object in a corner and a second one."""
         return {

@@ -1,5 +1,7 @@
 """The order of the training images: a function of seed and epoch, shared out over ranks, grouped by shape."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adapters.detection.data import CocoDataModule, SyntheticSettings, generate_dataset
+from adapters.detection.data import CocoDataModule, DataError, SyntheticSettings, generate_dataset
 from adapters.detection.data.order import BatchOrder, epoch_order, seed_of
 
 
@@ -89,3 +91,15 @@ def test_neither_loading_processes_nor_epochs_repeat_draws(root):
     alone = images_of(root, 0)
     assert alone == images_of(root, 2)
     assert len(alone) == 8 and alone[:4] != alone[4:]
+
+
+def test_a_rank_without_validation_images_of_its_own_sees_one_again(tmp_path):
+    """Lightning stops a rank that has none, and the others with it; the evaluation counts an image once."""
+    settings = SyntheticSettings(train_images=2, val_images=1, image_size=64)
+    data = CocoDataModule(generate_dataset(tmp_path / "data", settings, progress=False), batch_size=2, progress=False)
+    data.setup()
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2, current_epoch=0)
+    (_, targets), *rest = data.val_dataloader()
+    assert not rest and [target["image_id"] for target in targets] == [data.val_dataset.annotations.images[0]["id"]]
+    with pytest.raises(DataError, match="too few for 2 processes"):
+        data.train_dataloader()

@@ -58,6 +58,27 @@ def test_voc_becomes_coco(voc):
     assert evaluate_coco(truth, perfect)["AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "suffix"),
+    [
+        ("C:\\\\pictures\\\\000001.jpg", ".jpg"),
+        ("000001", ".jpg"),
+        ("", ".png"),
+        ("another.jpg", ".jpg"),
+        ("a.bmp", ".bmp"),
+    ],
+)
+def test_the_image_is_found_whatever_the_annotation_calls_it(voc, given, suffix):
+    """The name in the list tells, as in VOC; tools write paths, names without a suffix, and stale ones."""
+    xml, image = voc / "Annotations" / "000001.xml", voc / "JPEGImages" / "000001.jpg"
+    xml.write_text(xml.read_text().replace("000001.jpg", given))
+    image.rename(image.with_name("a.bmp" if suffix == ".bmp" else f"000001{suffix}"))
+    (voc / "JPEGImages" / "another.jpg").touch()
+    data = CocoDataModule(voc, progress=False)
+    data.setup()
+    assert data.train_dataset[0][0].shape == (3, 30, 40)
+
+
 def test_other_classes_are_in_alphabetical_order_over_all_splits(tmp_path):
     images = {"a": [("zebra", 0, 1, 1, 9, 9)], "b": [("apple", 0, 1, 1, 9, 9)]}
     root = write_voc(tmp_path / "own", images, {"trainval": ["a"], "test": ["b"]})
@@ -171,3 +192,28 @@ def test_backends_agree(coco, backend):
     assert 0 < reference["AP"] < 1
     assert found == pytest.approx(reference, abs=1e-9, nan_ok=True)
     assert evaluate_coco(truth, [], backend=backend)["AP"] == 0
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
+def test_names_as_image_ids(voc, backend):
+    """Those of VOC; some images are not shown."""
+    if backend != "pycocotools":
+        pytest.importorskip(backend)
+    data = CocoDataModule(voc, progress=False)
+    data.setup()
+    truth = data.train_dataset.ground_truth()
+    found = [{"image_id": "000001", "category_id": 12, "bbox": [0, 0, 40, 30], "score": 1.0}]
+    for shown in (None, ["000001"]):
+        assert evaluate_coco(truth, found, shown, backend)["AP"] == pytest.approx(1.0)
+        assert evaluate_coco(truth, [], shown, backend)["AP"] == 0.0
+    assert truth["images"][0]["id"] == "000001" and found[0]["image_id"] == "000001"
+
+
+def test_a_test_split_with_a_class_of_its_own_is_refused(coco):
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 77, "name": "new"})
+    content["annotations"][0]["category_id"] = 77
+    (coco / "annotations" / "instances_own.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances_own\.json has objects of category 77"):
+        _ = CocoDataModule(coco, test_split="own", progress=False).test_dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def coco_results(
         category_of_label: Category id per label; entry 0 is the background's and is not used.
 
     Returns:
-        One entry per detection; boxes as [x, y, w, h].
+        One entry per detection; boxes as [x, y, w, h]. Detections that are not finite are left out.
     """
     results = []
     for output, image_id in zip(outputs, image_ids, strict=True):
@@ -44,6 +45,8 @@ def coco_results(
             if label == 0:  # the background: category 0, if there is one, is another thing
                 continue
             bbox = [x1, y1, x2 - x1, y2 - y1]
+            if not all(map(math.isfinite, (*bbox, score))):  # json has no such numbers; such a box detects nothing
+                continue
             entry = {"image_id": image_id, "category_id": category_of_label[label], "bbox": bbox, "score": score}
             results.append(entry)
     return results
@@ -71,14 +74,22 @@ def evaluate_coco(
         ModuleNotFoundError: It is not installed.
     """
     COCO, COCOeval = _backend(backend)
+    # By number: faster-coco-eval knows no others, and the ids of Pascal VOC are names.
+    number = {image["id"]: i for i, image in enumerate(ground_truth["images"], 1)}
+    ground_truth = ground_truth | {
+        key: [entry | {name: number[entry[name]]} for entry in ground_truth[key]]
+        for key, name in (("images", "id"), ("annotations", "image_id"))
+    }
+    results = [entry | {"image_id": number[entry["image_id"]]} for entry in results]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress with print
         truth: Any = COCO()  # its stubs know files only
         truth.dataset = {"info": {}} | ground_truth  # which loadRes looks for
         truth.createIndex()
         # loadRes refuses an empty list; an empty COCO object means the same.
-        detections = truth.loadRes(list(results)) if results else COCO()
+        detections = truth.loadRes(results) if results else COCO()
         evaluation = COCOeval(truth, detections, "bbox")
-        evaluation.params.imgIds = sorted(truth.getImgIds() if image_ids is None else set(image_ids))
+        shown = number.values() if image_ids is None else {number[image_id] for image_id in image_ids}
+        evaluation.params.imgIds = sorted(shown)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -183,7 +183,10 @@ class CocoDataModule(L.LightningDataModule):
         seed = self.train_dataset.seed = seed_of(self.seed, epoch)
         images = self.train_dataset.annotations.images
         groups = [int(image["height"] > image["width"]) for image in images] if self.group_by_aspect else None
-        order = epoch_order(len(images), self.batch_size, seed, rank=rank, world_size=world_size, groups=groups)
+        try:
+            order = epoch_order(len(images), self.batch_size, seed, rank=rank, world_size=world_size, groups=groups)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         return DataLoader(
             self.train_dataset,
             batch_size=self.batch_size,
@@ -221,16 +224,22 @@ class CocoDataModule(L.LightningDataModule):
         if self.test_split is None:
             return self.val_dataset
         split = read_test_split(self.root, self.test_split)
+        categories = self.train_dataset.categories
+        for entry in (entry for entries in split.annotations.annotations.values() for entry in entries):
+            if entry["category_id"] not in categories:
+                unknown = f"category {entry['category_id']!r}, which the training does not have"
+                raise DataError(f"annotation file {split.annotations.path} has objects of {unknown}")
         if self.verify:
             split = _without(split, self._bad_images(split))
-        return CocoDetection(split.annotations, split.folder, categories=self.train_dataset.categories)
+        return CocoDetection(split.annotations, split.folder, categories=categories)
 
     def _in_order(self, dataset: CocoDetection) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        share = range(rank, len(dataset), world_size)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=range(rank, len(dataset), world_size),
+            sampler=share or range(1),  # Lightning stops a rank that has none; the evaluation counts an image once
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),

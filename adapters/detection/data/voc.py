@@ -111,7 +111,7 @@ def _parse(root: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]
         raise DataError(f"annotation file {path} gives no positive width and height")
     image = {
         "id": name,
-        "file_name": tree.findtext("filename") or f"{name}.jpg",
+        "file_name": _image_file(root, name, (tree.findtext("filename") or "").strip()),
         "width": int(width),
         "height": int(height),
     }
@@ -125,6 +125,14 @@ def _parse(root: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]
         box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
         objects.append({"name": label, "bbox": box, "area": max(box[2], 0) * max(box[3], 0), "iscrowd": int(difficult)})
     return image, objects
+
+
+def _image_file(root: Path, name: str, given: str) -> str:
+    """The file of an image: of its name, as in VOC; many tools write a path or another name into the annotation."""
+    candidates = [f"{name}.jpg", given, *(f"{name}{suffix}" for suffix in (".jpeg", ".png", ".JPG", ".JPEG", ".PNG"))]
+    return next(
+        (file for file in candidates if file and (root / "JPEGImages" / file).is_file()), given or candidates[0]
+    )
 
 
 def _number(path: Path, node: ElementTree.Element, name: str) -> float:
