@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from adapters.detection.data import SyntheticSettings, generate_dataset
-from adapters.detection.training import load_checkpoint
+from adapters.detection.training import Schedule, load_checkpoint
 from adapters.detection.training.cli import PACKAGE, run
 
 IMAGES = 10
@@ -101,6 +102,46 @@ def test_resume_in_the_middle_of_an_epoch_after_kill(root, tmp_path):
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 7
 
 
+def test_best_and_last_are_those_of_the_run(root, tmp_path, capsys):
+    """Neither needs a checkpoint callback, nor the backbone's weights that the training started from."""
+    out = tmp_path / "run"
+    assert run(command(root, out, "--trainer.val_check_interval=1", steps=2)) == 0
+    again = [
+        f"--config={out / 'config.yaml'}",
+        "--model.weights_backbone=gone.pth",
+        "--trainer.enable_checkpointing=false",
+    ]
+    for name in ("best", "last"):
+        capsys.readouterr()
+        assert run(["validate", *again, f"--ckpt_path={name}"]) == 0
+        assert "No checkpoint will be loaded" not in capsys.readouterr().err
+    assert run(["validate", *again]) == 2
+    assert "--ckpt_path best, last, or a file" in capsys.readouterr().err
+    # Resumed, the run keeps a config that fits all of it.
+    assert run(command(root, out, "--ckpt_path=best", steps=3)) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_run_that_ends_by_epochs_has_its_last_step(root, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(command(root, whole, every=100)) == 0
+    assert run(command(root, out, "--trainer.max_epochs=1", every=100)) == 0
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == IMAGES // 2
+    assert run(command(root, out, "--ckpt_path=last", every=100)) == 0
+    assert losses(out) == losses(whole)
+
+
+def test_a_resumed_run_trains_by_the_schedule_of_today(root, tmp_path):
+    """Longer, at another rate: its first step too, which the checkpoint would have at a rate of zero."""
+    out, cosine = tmp_path / "out", ["--model.schedule.decay=cosine", "--model.schedule.milestones=[]"]
+    assert run(command(root, out, *cosine, steps=3)) == 0
+    assert run(command(root, out, *cosine, "--ckpt_path=last", "--model.schedule.lr=0.002", steps=6)) == 0
+    today = Schedule(6, lr=0.002, warmup_steps=2, warmup_factor=0.001)
+    rows = list(csv.DictReader((out / "csv" / "resumed_1" / "metrics.csv").open()))
+    found = {int(row["step"]): float(row[name]) for row in rows for name in row if name.startswith("lr") and row[name]}
+    assert found == pytest.approx({step: 0.002 * today.factor(step) for step in (3, 4, 5)})
+
+
 def test_a_finished_run_can_be_made_longer(root, tmp_path):
     assert run(command(root, tmp_path / "whole", every=100)) == 0
     assert run(command(root, tmp_path / "longer", steps=3, every=100)) == 0
@@ -178,6 +219,9 @@ def test_ema_is_what_is_evaluated(root, tmp_path):
         (["--model.detector.options.score=1"], "no argument 'score'"),
         (["--model.detector.depth=3"], "depth"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--ckpt_path=best"], "best.ckpt"),
+        (["--model.detector.frozen_norm=true"], "must not be frozen"),
+        (["--trainer.precision=bf16-true"], "take mixed"),
     ],
 )
 def test_unusable_settings_end_in_one_line_and_leave_nothing(root, tmp_path, capsys, words, message):
@@ -196,5 +240,11 @@ def test_a_run_is_not_written_over(root, tmp_path, capsys):
     out.mkdir()
     (out / "config.yaml").write_text("old")
     assert run(command(root, out)) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["config.yaml"] and (out / "config.yaml").read_text() == "old"
+    assert "before its first checkpoint" in capsys.readouterr().err  # there is nothing to continue
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "last.ckpt").touch()
+    assert run(command(root, out)) == 2
+    assert "--ckpt_path last continues it" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "checkpoints"} and (
+        out / "config.yaml"
+    ).read_text() == "old"

@@ -98,25 +98,52 @@ class DetectionCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses what cannot be run before anything is read or written."""
+        self._find_checkpoint()
+        if self.subcommand != "fit":
+            if self.options.ckpt_path is None:
+                raise DataError(f"{self.subcommand} is for a trained detector: --ckpt_path best, last, or a file")
+            self.options.model.weights_backbone = None  # the checkpoint has them: nothing to read or download
+            return
+        if self.options.trainer.max_steps < 1:
+            raise DataError("the schedule counts optimiser steps: give trainer.max_steps, not max_epochs")
+        if self.options.checkpoint_every < 1:
+            raise DataError(f"checkpoint_every must be at least 1, got {self.options.checkpoint_every}")
+        if self.options.ema is not None and not 0 < self.options.ema < 1:
+            raise DataError(f"ema must be between 0 and 1, got {self.options.ema}")
+        precision = self.options.trainer.precision
+        if precision in ("16-true", "bf16-true"):
+            raise DataError(
+                f"trainer.precision {precision} would round the boxes to whole pixels and worse: take mixed"
+            )
+        model = self.options.model
+        if model.detector.frozen_norm and model.weights_backbone is None and self.options.ckpt_path is None:
+            raise DataError(
+                "model.weights_backbone is null: norms that start at random must not be frozen, "
+                "give --model.detector.frozen_norm false"
+            )
+        self._refuse_to_mix_runs()
+
+    def _find_checkpoint(self) -> None:
+        """Puts a path in place of "last" and "best", those of the folder of the run; Lightning knows its own alone."""
         start = self.options.ckpt_path
-        checkpoint = self.folder / "checkpoints" / "last.ckpt" if start == "last" else Path(start or "")
-        if start not in (None, "best", "hpc", "registry") and not checkpoint.is_file():
-            raise DataError(f"--ckpt_path {start}: no checkpoint at {checkpoint}")
-        if self.subcommand == "fit":
-            if self.options.trainer.max_steps < 1:
-                raise DataError("the schedule counts optimiser steps: give trainer.max_steps, not max_epochs")
-            if self.options.checkpoint_every < 1:
-                raise DataError(f"checkpoint_every must be at least 1, got {self.options.checkpoint_every}")
-            if self.options.ema is not None and not 0 < self.options.ema < 1:
-                raise DataError(f"ema must be between 0 and 1, got {self.options.ema}")
-            self._refuse_to_mix_runs()
+        if start in ("last", "best"):
+            self.options.ckpt_path = str(self.folder / "checkpoints" / f"{start}.ckpt")
+        path = self.options.ckpt_path
+        if path not in (None, "hpc") and not Path(path).is_file():
+            raise DataError(f"--ckpt_path {start}: no checkpoint at {path}")
 
     @rank_zero_only
     def _refuse_to_mix_runs(self) -> None:
-        if self.options.ckpt_path is None and (self.folder / CONFIG).exists():
+        if self.options.ckpt_path is not None or not (self.folder / CONFIG).exists():
+            return
+        if any((self.folder / "checkpoints").glob("*.ckpt")):
             raise DataError(
                 f"{self.folder} already holds a run: --ckpt_path last continues it, --out FOLDER goes elsewhere"
             )
+        raise DataError(
+            f"{self.folder} already holds a run, which was stopped before its first checkpoint: "
+            "remove the folder, or --out FOLDER goes elsewhere"
+        )
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what cannot be built is said in a line."""
@@ -169,8 +196,10 @@ class DetectionCLI(LightningCLI):
             print(f"left out: {len(data.skipped)} images that cannot be used; the first: {data.skipped[0]}")
 
     def _dumped(self) -> str:
-        """The config of the subcommand as YAML, which ``--config`` takes."""
-        return self._parser(self.subcommand).dump(self.options, skip_unset=False)
+        """The config of the subcommand as YAML, which ``--config`` takes: that of the run, wherever it was resumed."""
+        options = self.options.clone()
+        options.ckpt_path = None
+        return self._parser(self.subcommand).dump(options, skip_unset=False)
 
 
 def find_recipe(word: str) -> str:

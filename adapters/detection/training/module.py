@@ -63,6 +63,15 @@ class DetectionModule(L.LightningModule):
         if not self.data and describe is not None:
             self.data = describe()
 
+    def on_train_start(self) -> None:
+        """Trains by the schedule of today: a resumed optimiser has the settings and the next rate of the last one."""
+        scheduler: Any = self.lr_schedulers()
+        today: Any = make_optimizer(self.model, self.schedule)["optimizer"]
+        for group, new in zip(scheduler.optimizer.param_groups, today.param_groups, strict=True):
+            group.update({name: value for name, value in new.items() if name != "params"})
+            group["lr"] = group["initial_lr"] * self.schedule.factor(scheduler.last_epoch)
+        scheduler.base_lrs = [group["initial_lr"] for group in today.param_groups]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Gives every step random numbers of its own."""
         torch.manual_seed(seed_of(self.schedule.seed, self.current_epoch, batch_idx, self.global_rank))

@@ -52,6 +52,7 @@ class SaveLastStep(Callback):
         self.path = folder / "checkpoints" / "last.ckpt"
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Saves, if this was the last one."""
-        if trainer.global_step == trainer.max_steps:
+        """Saves, if this was the last one, of all steps or of all epochs."""
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch):
             trainer.save_checkpoint(self.path)
