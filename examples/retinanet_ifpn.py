@@ -207,7 +207,7 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
             raise DataError(f"{error}: --resume needs the options of the first run") from None
     data = CocoDataModule(root, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed, **limits)
     data.setup()
-    check_shapes(args, data)
+    data.refuse_thin_images(DetectorConfig(2, image_size=args.image_size).longest_side)
     if args.overwrite and args.data is not None:
         clear_out(args)
     if data.single_split:
@@ -215,20 +215,6 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
     for name, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
         print(f"{name}: {len(dataset)} images, {len(dataset.categories)} classes, {dataset.box_report}")
     return data
-
-
-def check_shapes(args: argparse.Namespace, data: CocoDataModule) -> None:
-    """An image so long and thin that nothing is left of its shorter side would end the training when its turn comes."""
-    longest = DetectorConfig(2, image_size=args.image_size).longest_side
-    for dataset in (data.train_dataset, data.val_dataset):
-        for image in dataset.annotations.images:
-            short, long = sorted((image["width"], image["height"]))
-            if short * longest < long:
-                size = f"{image['width']}x{image['height']}"
-                raise DataError(
-                    f"image {dataset.folder / image['file_name']} of {size} is too thin for --image-size "
-                    f"{args.image_size}: its longer side becomes {longest}, its shorter one nothing"
-                )
 
 
 def make_module(args: argparse.Namespace, data: CocoDataModule, neck: str) -> DetectionModule:

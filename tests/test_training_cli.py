@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,21 @@ def test_unusable_settings_end_in_one_line_and_leave_nothing(root, tmp_path, cap
     assert status == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not out.exists()
+
+
+def test_what_the_data_say_before_training(root, tmp_path, capsys):
+    """One split for both is said; an image that is too thin for the size asked for is refused by name."""
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "instances_train2017.json"
+    path.with_name("instances_val2017.json").unlink()
+    assert run(command(tmp_path / "data", tmp_path / "out", "--trainer.limit_val_batches=0", steps=1)) == 0
+    assert "only the split train2017 is there" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    content["images"][2].update(width=800, height=2)
+    path.write_text(json.dumps(content))
+    assert run(command(tmp_path / "data", tmp_path / "thin", steps=1)) == 2
+    assert f"{content['images'][2]['file_name']} of 800x2 is too thin" in capsys.readouterr().err
+    assert not (tmp_path / "thin").exists()
 
 
 def test_a_run_is_not_written_over(root, tmp_path, capsys):

@@ -150,6 +150,26 @@ class CocoDataModule(L.LightningDataModule):
             )
         self._is_set_up = True
 
+    def refuse_thin_images(self, longest: int) -> None:
+        """Nothing would be left of the shorter side of an image so long and thin: the training would end at its turn.
+
+        Args:
+            longest: Limit of the longer side that images are resized to, pixels.
+
+        Raises:
+            DataError: There is such an image; the message names it.
+        """
+        self.setup()
+        for dataset in (self.train_dataset, self.val_dataset):
+            for image in dataset.annotations.images:
+                short, long = sorted((image["width"], image["height"]))
+                if short * longest < long:
+                    size = f"{image['width']}x{image['height']}"
+                    raise DataError(
+                        f"image {dataset.folder / image['file_name']} of {size} is too thin: its longer side becomes "
+                        f"{longest}, its shorter one nothing"
+                    )
+
     def _usable(self, train: Split, val: Split) -> tuple[Split, Split]:
         """The splits, their images checked; bad ones raise or are left out."""
         if not self.verify:

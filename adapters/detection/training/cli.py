@@ -130,7 +130,8 @@ class DetectionCLI(LightningCLI):
             self.options.ckpt_path = str(self.folder / "checkpoints" / f"{start}.ckpt")
         path = self.options.ckpt_path
         if path not in (None, "hpc") and not Path(path).is_file():
-            raise DataError(f"--ckpt_path {start}: no checkpoint at {path}")
+            hint = f"; --out FOLDER says where the run is, now {self.folder}" if start in ("last", "best") else ""
+            raise DataError(f"--ckpt_path {start}: no checkpoint at {path}{hint}")
 
     @rank_zero_only
     def _refuse_to_mix_runs(self) -> None:
@@ -152,6 +153,8 @@ class DetectionCLI(LightningCLI):
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(reason) from error
+        module: Any = self.model
+        self.datamodule.refuse_thin_images(module.config.longest_side)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with the callbacks and loggers of a run in its folder."""
@@ -192,6 +195,8 @@ class DetectionCLI(LightningCLI):
         data: Any = self.datamodule
         for name, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
             print(f"{name}: {len(dataset)} images, {len(dataset.categories)} classes, {dataset.box_report}")
+        if data.single_split:
+            print(f"only the split {data.single_split} is there: it serves for training and for validation")
         if data.skipped:
             print(f"left out: {len(data.skipped)} images that cannot be used; the first: {data.skipped[0]}")
 
