@@ -122,7 +122,7 @@ def test_resumed_run_equals_an_uninterrupted_one(root, tmp_path, neck):
 
 
 class Poison(L.Callback):
-    """Makes the loss, or only the gradient, of one step not finite."""
+    """Makes the features, the loss, or only the gradient, of one step not finite."""
 
     def __init__(self, step, where):
         self.step, self.where, self.before, self.after = step, where, None, None
@@ -130,29 +130,31 @@ class Poison(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx != self.step - 1:
             return
-        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
         bias = pl_module.model.head.classification_head.cls_logits.bias
         if self.where == "loss":
             hook = pl_module.model.head.register_forward_hook(
                 lambda module, args, output: {key: value * float("nan") for key, value in output.items()}
             )
+        elif self.where == "features":
+            hook = pl_module.model.backbone.body.conv1.register_forward_hook(lambda m, args, output: output * torch.inf)
         else:
             hook = bias.register_hook(lambda gradient: gradient * float("inf"))
         self.hook = hook
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         if self.before is not None and self.after is None:
-            self.after = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            self.after = {name: value.clone() for name, value in pl_module.state_dict().items()}
             self.hook.remove()
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["features", "loss", "gradient"])
 def test_step_that_is_not_finite_changes_nothing_and_is_counted(root, tmp_path, where):
     module, poison = make_module(root, "fpn", epochs=2), Poison(1, where)
     _, losses = fit(module, root, tmp_path, 2, poison)
     assert poison.after is not None and differing(poison.before, poison.after) == []
     assert module.skipped_steps == 1
-    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert len(finite) >= 3 and torch.isfinite(torch.tensor(finite)).all()
 

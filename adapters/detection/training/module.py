@@ -51,6 +51,7 @@ class DetectionModule(L.LightningModule):
         self.config, self.schedule, self.data = detector, schedule, dict(data or {})
         self.model: Any = detector.build(weights_backbone)
         self.skipped_steps = 0
+        self._kept_statistics: list[Tensor] = []
 
     @property
     def neck(self) -> nn.Module:
@@ -71,6 +72,7 @@ class DetectionModule(L.LightningModule):
             group.update({name: value for name, value in new.items() if name != "params"})
             group["lr"] = group["initial_lr"] * self.schedule.factor(scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in today.param_groups]
+        self._kept_statistics = [statistic.clone() for statistic in self._statistics()]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Gives every step random numbers of its own."""
@@ -94,7 +96,17 @@ class DetectionModule(L.LightningModule):
         if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
             self.skipped_steps += 1
             optimizer.zero_grad(set_to_none=True)  # the optimiser leaves parameters without a gradient alone
+            _copy(self._kept_statistics, self._statistics())  # what overflowed may be in there, for good
+        else:
+            _copy(self._statistics(), self._kept_statistics)
         self.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
+
+    def _statistics(self) -> list[Tensor]:
+        """The running statistics of the batch norms that are not frozen."""
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        live = [module for module in self.model.modules() if hasattr(module, "num_batches_tracked")]
+        found = [getattr(module, name) for module in live for name in names]
+        return [statistic for statistic in found if statistic is not None]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the detector is built from, and the count of skipped steps."""
@@ -120,6 +132,11 @@ class DetectionModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, with one learning rate per step."""
         return make_optimizer(self.model, self.schedule)
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    for new, old in zip(source, target, strict=True):
+        old.copy_(new)
 
 
 def trained_on(target: Mapping[str, Any]) -> dict[str, Tensor]:
