@@ -251,6 +251,12 @@ def test_what_the_data_say_before_training(root, tmp_path, capsys):
     assert not (tmp_path / "thin").exists()
 
 
+def test_logs_and_checkpoints_can_be_left_out(root, tmp_path):
+    out = tmp_path / "out"
+    assert run(command(root, out, "--trainer.logger=false", "--trainer.enable_checkpointing=false", steps=1)) == 0
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+
+
 def test_a_run_is_not_written_over(root, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

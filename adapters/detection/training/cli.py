@@ -174,17 +174,19 @@ class DetectionCLI(LightningCLI):
             SolverFigures(),
         ]
         if self.subcommand == "fit":
-            callbacks += [
-                StepTimer(),
-                LearningRateMonitor("step"),
-                last_checkpoint(
-                    self.folder, every_n_train_steps=self.options.checkpoint_every, save_on_train_epoch_end=False
-                ),
-                best_checkpoint(self.folder),
-            ]
+            trainer = self.options.trainer
+            callbacks.append(StepTimer())
+            if trainer.logger is not False:
+                callbacks.append(LearningRateMonitor("step"))
             if self.options.ema is not None:
                 callbacks.append(EMAWeightAveraging(decay=self.options.ema))
-            callbacks.append(SaveLastStep(self.folder))  # after the average has taken the step in
+            if trainer.enable_checkpointing is not False:
+                every = self.options.checkpoint_every
+                callbacks += [
+                    last_checkpoint(self.folder, every_n_train_steps=every, save_on_train_epoch_end=False),
+                    best_checkpoint(self.folder),
+                    SaveLastStep(self.folder),  # after the average has taken the step in
+                ]
         return callbacks
 
     @rank_zero_only
