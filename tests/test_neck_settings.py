@@ -357,6 +357,8 @@ def test_what_cannot_be_kept_is_refused() -> None:
 
     with pytest.raises(ValueError, match="OwnForward has a forward pass of its own"):
         ImplicitFPN.from_fpn(OwnForward(CHANNELS, 16), keep_fpn=True)
+    with pytest.raises(ValueError, match="no gradient goes through a ReLU of zeros"):
+        ImplicitFPN.from_fpn(FeaturePyramidNetwork(CHANNELS, 16), keep_fpn=True, out_act="relu")
     with pytest.raises(ValueError, match="NoConnection cannot start at zero"):
         ImplicitFPN.from_fpn(FeaturePyramidNetwork(CHANNELS, 16), keep_fpn=True, cross_scale="none")
     with pytest.raises(ValueError, match="no zero_init_"):

@@ -114,8 +114,10 @@ class NonlinearTransform(nn.Module):
         """Let G be zero, whatever its input, and able to learn to be something else.
 
         Raises:
-            ValueError: If there is no parameter that could do it.
+            ValueError: If there is no parameter that could do it, or it could not learn from there.
         """
+        if self.out_act == "relu":
+            raise ValueError("out_act='relu' cannot start at zero: no gradient goes through a ReLU of zeros")
         last = self.cross_scale if self.out_norm is None else self.out_norm
         zero_init = getattr(last, "zero_init_", None)
         if zero_init is None:
