@@ -53,8 +53,8 @@ def solve(
     exported one (`torch.export`, ONNX) is for inference: there is no gradient through the solve, except by "unrolled"
     and "reversible".
 
-    Under the transforms of `torch.func` every level maps or differentiates as an ordinary one does: by "implicit" any,
-    in any order; by "jfb", "neumann" and "phantom" `vmap`, and once `grad`, `vjp` or `jacrev`; by "unrolled" all, but
+    Under the transforms of `torch.func` every level maps or differentiates as an ordinary one does: by "implicit" any
+    (but `linearize`), in any order; by "jfb", "neumann" and "phantom" `vmap`, and once `grad`, `vjp` or `jacrev`; by "unrolled" all, but
     none that differentiates inside of `vmap`. A mapped dimension is one more of independent samples.
 
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never

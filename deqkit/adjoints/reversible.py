@@ -50,6 +50,9 @@ class ReversibleAdjoint(Adjoint):
     float64 to the rounding errors that the steps back multiply. With more steps than that, it has an error of the order
     of the residual of the answer. That is within the tolerance of a solve to a tolerance; after a fixed number of steps
     (``rtol=0, atol=0``) that did not come to rest, it is reported like an adjoint solve that falls short.
+
+    Not for an f that itself solves: rebuilt points differ by rounding from those of the forward pass, and where that
+    changes what an inner solve does, the backward pass ends in an error.
     """
 
     name: ClassVar[str] = "reversible"
