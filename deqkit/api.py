@@ -54,8 +54,9 @@ def solve(
     and "reversible".
 
     Under the transforms of `torch.func` every level maps or differentiates as an ordinary one does: by "implicit" any
-    (but `linearize`), in any order; by "jfb", "neumann" and "phantom" `vmap`, and once `grad`, `vjp` or `jacrev`; by "unrolled" all, but
-    none that differentiates inside of `vmap`. A mapped dimension is one more of independent samples.
+    but `linearize`, in any order; by "jfb", "neumann" and "phantom" `vmap`, and once `grad`, `vjp` or `jacrev`; by
+    "unrolled" all, but none that differentiates inside of `vmap`. A mapped dimension is one more of independent
+    samples.
 
     With ``rtol=0, atol=0`` the solve runs exactly ``max_steps`` steps; with ``on_failure="ignore"`` besides it never
     synchronises with the device. (Otherwise it looks once, at the end, for samples that are not finite.)

@@ -1,5 +1,6 @@
 """Exported detectors: the detections of the eager ones, from a file, for any batch size; ONNX; what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -213,7 +214,14 @@ def test_onnx(name, neck, settings, tmp_path) -> None:
     with torch.no_grad():
         expected = (fixed(model, 3) if neck == "ifpn" else model)(list(x))
     assert sum(len(e["boxes"]) for e in expected) >= 9
-    assert_same(outputs, expected, atol=1e-4)
+    # ONNX Runtime sums in another order. What that does to these random weights, float64 tells: eager float32 differs
+    # from it by as much.
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(list(x.double()))
+    assert [len(e["boxes"]) for e in exact] == [len(e["boxes"]) for e in expected]
+    rounding = max((a["boxes"] - b["boxes"]).abs().max().item() for a, b in zip(exact, expected, strict=True))
+    assert rounding < 1e-3
+    assert_same(outputs, expected, atol=max(1e-4, 4 * rounding))
 
 
 def test_onnx_asks_for_its_extra(monkeypatch, tmp_path) -> None:
