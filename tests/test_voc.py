@@ -153,6 +153,19 @@ def test_bad_images_and_unknown_categories_are_skipped_and_counted(coco):
     )
 
 
+def test_the_images_of_a_test_are_checked_once(coco):
+    """The evaluation and the loader each ask for them: a bad one was counted twice."""
+    (coco / "test2017").mkdir()
+    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    (coco / "annotations" / "image_info_test2017.json").write_text(json.dumps(content))
+    for image in content["images"][1:]:
+        shutil.copy(coco / "val2017" / image["file_name"], coco / "test2017" / image["file_name"])
+    data = CocoDataModule(coco, test_split="test2017", progress=False, bad_data="skip")
+    with pytest.warns(UserWarning, match="test2017: 1 images are left out"):
+        data.test_dataloader()
+    assert data.test_dataset is data.test_dataset and len(data.test_dataset) == 2 and len(data.skipped) == 1
+
+
 def test_nothing_left_is_an_error(coco):
     for path in (coco / "val2017").iterdir():
         path.unlink()

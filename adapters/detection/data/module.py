@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ class CocoDataModule(L.LightningDataModule):
         """The same of ``test_split``."""
         return self._in_order(self.test_dataset)
 
-    @property
+    @cached_property  # asked for by who evaluates and by who loads: the images are decoded once
     def test_dataset(self) -> CocoDetection:
         """The images of ``test_split``, or those of the validation."""
         self.setup()
