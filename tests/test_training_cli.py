@@ -153,7 +153,9 @@ def test_a_finished_run_can_be_made_longer(root, tmp_path):
 
 
 POISONED = """
+import json
 import sys
+from pathlib import Path
 import torch
 from adapters.detection.training import DetectionModule
 from adapters.detection.training.cli import run
@@ -172,7 +174,7 @@ def poisoned(self, batch, batch_idx):
 
 def report(self):
     total = sum(p.double().sum().item() for p in self.parameters())
-    print(f"REPORT {self.global_rank} {self.skipped_steps} {total!r}", flush=True)
+    Path(__file__).with_name(f"rank{self.global_rank}.json").write_text(json.dumps([self.skipped_steps, total]))
 
 DetectionModule.training_step, DetectionModule.on_train_end = poisoned, report
 sys.exit(run(sys.argv[1:]))
@@ -191,8 +193,8 @@ def test_two_processes(root, tmp_path):
     found = json.loads((out / "detections.json").read_text())
     counts = {image: sum(entry["image_id"] == image for entry in found) for image in (1, 2, 3)}
     assert counts == {1: 5, 2: 5, 3: 5}, output
-    reports = sorted(line.split()[1:] for line in output.splitlines() if line.startswith("REPORT"))
-    assert [report[:2] for report in reports] == [["0", "1"], ["1", "1"]] and reports[0][2] == reports[1][2], output
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first[0] == 1 and first == second, output
     assert len(losses(out)) == 3
 
 
