@@ -3,7 +3,8 @@
 A state is packed as (B, D) here, samples by numbers, which is what every library can take. The rule is that of
 `deqkit.solve`: every sample at |f(x) - x| <= rtol * |f(x)|. torchdeq and deqkit have it themselves. The others test
 something else, over the whole batch: they are stopped from within f as soon as the point that f is asked for meets the
-rule, and have no criterion of their own.
+rule, and have no criterion of their own. Those that compute with NumPy or JAX call back into f; jaxopt's loops are
+compiled, once per solver and shape, before they are timed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,12 +49,14 @@ class Peer:
         solver: its name there.
         run: ``run(f, x0, rtol, max_calls)``.
         joint: whether the batch is one system to it.
+        keeps: what it keeps its numbers in: "torch", "numpy", or "jax", whose memory cannot be seen.
     """
 
     library: str
     solver: str
     run: Callable[[Map, Tensor, float, int], Outcome]
     joint: bool = False
+    keeps: str = "torch"
 
     @property
     def label(self) -> str:
@@ -101,6 +105,7 @@ def all_peers() -> list[Peer]:
         ("scipy", _scipy_peers),
         ("xitorch", _xitorch_peers),
         ("deepinv", _deepinv_peers),
+        ("jaxopt", _jaxopt_peers),
     ):
         if importlib.util.find_spec(library) is not None:
             peers += make()
@@ -167,15 +172,19 @@ def _scipy_peers() -> list[Peer]:
             shape, dtype = f.x0.shape, f.x0.dtype
 
             def residual(flat: Any) -> Any:
-                x = torch.as_tensor(np.asarray(flat), dtype=dtype).reshape(shape)
-                return (f(x) - x).double().reshape(-1).numpy()
+                x = torch.as_tensor(np.asarray(flat), dtype=dtype, device=f.x0.device).reshape(shape)
+                return (f(x) - x).double().reshape(-1).cpu().numpy()
 
-            getattr(optimize, name)(residual, f.x0.double().reshape(-1).numpy(), maxiter=10**6, f_tol=1e-300, **options)
+            start = f.x0.double().reshape(-1).cpu().numpy()
+            getattr(optimize, name)(residual, start, maxiter=10**6, f_tol=1e-300, **options)
 
         return solve
 
     kinds = {"anderson": {"M": 5}, "broyden1": {}, "newton_krylov": {}}
-    return [Peer("scipy", name, _stopped(peer(name, **options)), joint=True) for name, options in kinds.items()]
+    return [
+        Peer("scipy", name, _stopped(peer(name, **options)), joint=True, keeps="numpy")
+        for name, options in kinds.items()
+    ]
 
 
 def _xitorch_peers() -> list[Peer]:
@@ -210,3 +219,49 @@ def _deepinv_peers() -> list[Peer]:
         solver(None, None)
 
     return [Peer("deepinv", "anderson", _stopped(solve))]
+
+
+class _Compiled:
+    """A solver of jaxopt, compiled with a callback in the place of f; the f of the solve under way is put in there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.f: Any = None
+        self.loops: dict[Any, Callable[[Any], Any]] = {}
+
+    def __call__(self, f: Any) -> None:
+        import numpy as np
+
+        jax = importlib.import_module("jax")
+        start = f.x0.cpu().numpy()
+        key = (start.shape, start.dtype)
+        self.f, log = f, logging.getLogger("jax._src.callback")
+        level = log.level
+        log.setLevel(logging.CRITICAL + 1)  # the end of the solve, raised from within f, is no failure
+        try:
+            with jax.enable_x64(start.dtype == np.float64):
+                if key not in self.loops:
+                    self.loops[key] = self._compile(start)
+                jax.block_until_ready(self.loops[key](start))
+        finally:
+            log.setLevel(level)
+
+    def _compile(self, start: Any) -> Callable[[Any], Any]:
+        import numpy as np
+
+        jax, jaxopt = importlib.import_module("jax"), importlib.import_module("jaxopt")
+        shape = jax.ShapeDtypeStruct(start.shape, start.dtype)
+
+        def call(x: Any) -> Any:
+            with torch.no_grad():  # a thread of its own
+                return self.f(torch.from_numpy(np.array(x)).to(self.f.x0.device)).cpu().numpy()
+
+        solver = getattr(jaxopt, self.name)(
+            lambda x: jax.pure_callback(call, shape, x), maxiter=10**6, tol=0.0, implicit_diff=False, jit=True
+        )
+        return jax.jit(lambda x: solver.run(x).params).lower(start).compile()
+
+
+def _jaxopt_peers() -> list[Peer]:
+    names = ("FixedPointIteration", "AndersonAcceleration")  # its Broyden differentiates f, which a callback does not
+    return [Peer("jaxopt", name, _stopped(_Compiled(name)), joint=True, keeps="jax") for name in names]

@@ -19,7 +19,6 @@ from measure import Row
 
 if TYPE_CHECKING:  # needs the detection extra, which the other plots do not
     from detector_steps import DetectorRow
-    from peers import Row as PeerRow
 
 # Okabe & Ito's palette, which people with any colour vision can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
@@ -129,50 +128,3 @@ def _wrap(title: str) -> str:
     """The sizes, which stand in brackets at the end, on a line of their own."""
     head, bracket, tail = title.rpartition(" (")
     return f"{head}\n{bracket.strip()}{tail}" if head else title
-
-
-def plot_peers(path: Path, rows: Sequence[PeerRow]) -> None:
-    """One panel per tolerance: calls of f of every solver, a line per problem. Hollow: the tolerance was not reached.
-
-    Args:
-        path: image file to write.
-        rows: measurements of all problems.
-    """
-    labels = list(dict.fromkeys((row.library, row.solver) for row in rows))
-    libraries = list(dict.fromkeys(library for library, _ in labels))
-    colours = {library: COLOURS[i % len(COLOURS)] for i, library in enumerate(libraries)}
-    markers = {label: "osD^vPX*"[[k for k in labels if k[0] == label[0]].index(label)] for label in labels}
-    panels = list(dict.fromkeys((row.dtype, row.rtol) for row in rows))
-    problems = list(dict.fromkeys(row.problem for row in rows))
-    limit = max(row.calls for row in rows)
-    height = 1.6 + 0.42 * len(problems)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 2.6, height), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (dtype, rtol) in zip(axes[0], panels, strict=True):
-        for row in (row for row in rows if (row.dtype, row.rtol) == (dtype, rtol)):
-            label = (row.library, row.solver)
-            offset = 0.5 * (labels.index(label) / max(1, len(labels) - 1) - 0.5)  # those that are equal stay visible
-            style = {"color": colours[row.library], "marker": markers[label], "markersize": 6, "linestyle": ""}
-            filled = {} if row.solved else {"markerfacecolor": "none"}
-            calls = row.calls if row.solved else limit  # some give up early
-            axis.plot(calls, problems.index(row.problem) + offset, **style, **filled)
-        axis.set_xscale("log")
-        ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500) if tick <= limit]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set_xticks([], minor=True)
-        axis.set_xlim(right=1.15 * limit)
-        axis.set_title(f"to {rtol:g}, {dtype}", fontsize=10)
-        axis.set_xlabel("calls of f")
-        axis.grid(axis="x", alpha=0.3)
-        for i in range(1, len(problems)):
-            axis.axhline(i - 0.5, color="0.85", linewidth=0.8)
-    axes[0][0].set_yticks(range(len(problems)), problems)
-    axes[0][0].invert_yaxis()
-    handles = [
-        Line2D([], [], color=colours[label[0]], marker=markers[label], linestyle="", label=" ".join(label))
-        for label in labels
-    ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -34,7 +34,7 @@ class Problem:
     """A map, where to start, and where it has to end.
 
     Attributes:
-        name: the key in `PROBLEMS`.
+        name: the key in `PROBLEMS` or `LARGE_PROBLEMS`.
         title: one line for tables and plots, with the sizes.
         seed: what the weights were drawn from.
         f: the map, in the working dtype.
@@ -146,7 +146,7 @@ class PyramidMap(nn.Module):
             self.register_buffer(name, level)
 
     def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
-        basis = [self.get_buffer(name) for name in self.names]
+        basis = [getattr(self, name) for name in self.names]
         return self.transform([p + b for p, b in zip(pyramid, basis, strict=True)])
 
 
@@ -156,9 +156,13 @@ class PyramidMap(nn.Module):
 
 def solve_linear(f: DenseMap) -> Tensor:
     """x* of a linear map by an LU solve per sample, refined once."""
-    system = torch.eye(f.weight.shape[0], dtype=f.weight.dtype) - f.jacobian(f.bias)
-    x = torch.linalg.solve(system, f.bias)
-    return x + torch.linalg.solve(system, f(x) - x)
+    identity = torch.eye(f.weight.shape[0], dtype=f.weight.dtype)
+    parts = []
+    for scale, bias in zip(f.scale.split(16), f.bias.split(16), strict=True):  # a matrix per sample takes memory
+        system = identity - scale.unsqueeze(2) * f.weight
+        x = torch.linalg.solve(system, bias)
+        parts.append(x + torch.linalg.solve(system, bias + scale * (x @ f.weight.T) - x))
+    return torch.cat(parts)
 
 
 def solve_newton(f: DenseMap, x: Tensor, *, warmup: int = 200, max_steps: int = 50) -> Tensor:
@@ -250,8 +254,8 @@ def _dense(
     return _Draft(title, module, torch.zeros(batch, n), solve_newton if newton else iterate_to_rest)
 
 
-def _mixed(small: bool) -> _Draft:
-    n, batch = (96, 4) if small else (512, 16)
+def _mixed(batch: int, small: bool) -> _Draft:
+    n, batch = (96, 4) if small else (512, batch)
     scale = 1 - torch.logspace(math.log10(0.9), -3, batch).unsqueeze(1)
     module = DenseMap(_weight(n), torch.randn(batch, n), scale, tanh=False)
     title = f"mixed batch, linear, radii 0.1 to 0.999 (n={n}, B={batch})"
@@ -268,12 +272,12 @@ def _conv(small: bool) -> _Draft:
     return _Draft(title, block, torch.zeros_like(injection), iterate_to_rest)
 
 
-def _ifpn(label: str, std: float, small: bool) -> _Draft:
+def _ifpn(label: str, std: float, small: bool, channels: int = 64, image: int = 160) -> _Draft:
     try:
         from adapters.detection import NonlinearTransform
     except ImportError as error:
         raise ProblemError(f"the i-FPN problems need the detection extra: {error}") from error
-    channels, image, batch = (16, 128, 2) if small else (64, 160, 2)
+    channels, image, batch = (16, 128, 2) if small else (channels, image, 2)
     sides = [image // stride for stride in (8, 16, 32)]
     sides += [math.ceil(sides[-1] / 2), math.ceil(sides[-1] / 4)]
     transform = NonlinearTransform(channels, len(sides))
@@ -296,7 +300,7 @@ PROBLEMS: dict[str, Callable[[bool], _Draft]] = {
     "linear_symmetric": lambda small: _dense(
         "linear, symmetric W, radius 0.99", 0.99, small=small, tanh=False, symmetric=True
     ),
-    "mixed": _mixed,
+    "mixed": lambda small: _mixed(16, small),
     "conv": _conv,
     # 64 channels with weights from N(0, 0.02) mix as strongly as 256 with the paper's N(0, 0.01). Training makes them
     # grow.
@@ -304,6 +308,12 @@ PROBLEMS: dict[str, Callable[[bool], _Draft]] = {
     "ifpn_grown": lambda small: _ifpn("weights grown by half", 0.03, small),
 }
 """The problems by name: functions of ``small`` that draw one from the global generator."""
+
+LARGE_PROBLEMS: dict[str, Callable[[bool], _Draft]] = {
+    "mixed_batch": lambda small: _mixed(256, small),
+    "ifpn_wide": lambda small: _ifpn("weights as at the start of training", 0.01, small, channels=256, image=128),
+}
+"""More of them, too large to be solved over and over again."""
 
 
 def build(
@@ -317,7 +327,7 @@ def build(
     """Draw a problem, solve it in float64 and check the solution.
 
     Args:
-        name: a key of `PROBLEMS`.
+        name: a key of `PROBLEMS` or `LARGE_PROBLEMS`.
         seed: the same seed gives the same problem, whatever the dtype and device.
         small: smaller sizes, for tests.
         dtype: working dtype of f and x0.
@@ -327,11 +337,12 @@ def build(
         ValueError: an unknown name.
         ProblemError: the solution found does not hold, or a package is missing.
     """
-    if name not in PROBLEMS:
-        raise ValueError(f"unknown problem {name!r}: choose from {', '.join(PROBLEMS)}")
+    drafts = PROBLEMS | LARGE_PROBLEMS
+    if name not in drafts:
+        raise ValueError(f"unknown problem {name!r}: choose from {', '.join(drafts)}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        draft = PROBLEMS[name](small)
+        draft = drafts[name](small)
         exact = copy.deepcopy(draft.module).double().requires_grad_(False)
         solution = _checked_solution(name, draft, exact)
         cheap = isinstance(exact, DenseMap)
