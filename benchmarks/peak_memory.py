@@ -32,7 +32,7 @@ def peak_bytes(action: Callable[[], Any], device: torch.device, *, numpy: bool =
             take is added, so that the sum is a bound from above where both peaks are not at the same time.
 
     Raises:
-        RuntimeError: the profiler has not seen a single allocation.
+        RuntimeError: the profiler of this build of PyTorch does not record memory.
     """
     if numpy:
         tracemalloc.start()
@@ -53,11 +53,12 @@ def _of_tensors(action: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        torch.empty(1)  # taken and given back, to be seen where memory is recorded at all
         action()
     results: Any = profiled.profiler.kineto_results if profiled.profiler is not None else None
     changes = [event for event in results.events() if event.name() == "[memory]"] if results is not None else []
     if not changes:
-        raise RuntimeError("the profiler has seen no allocation: peak memory is not known")
+        raise RuntimeError("the profiler of this build of PyTorch does not record memory: the peak is not known")
     live = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         live += change.nbytes()

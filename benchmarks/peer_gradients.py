@@ -193,13 +193,13 @@ class Task:
 
 def compare_gradients(
     task: Task, dtype: torch.dtype, rtol: float, adjoints: Sequence[PeerAdjoint], repeats: int,
-    tick: Callable[[], Any],
+    tick: Callable[[int], Any],
 ) -> list[GradientRow]:  # fmt: skip
     """Every adjoint on one problem; the repeats are rounds through all of them, forwards and backwards in turn."""
     rows = {}
     for adjoint in adjoints:
         rows[adjoint] = _judge(task, dtype, rtol, adjoint)
-        tick()
+        tick(1)
     able = [adjoint for adjoint in adjoints if not rows[adjoint].failure]
     seconds: dict[PeerAdjoint, list[float]] = {adjoint: [] for adjoint in adjoints}
     ratios: dict[PeerAdjoint, list[float]] = {adjoint: [] for adjoint in adjoints}
@@ -211,7 +211,7 @@ def compare_gradients(
                 duration = timed(lambda adjoint=adjoint: task.run(adjoint, rtol), task.packed.x0.device)
             seconds[adjoint].append(duration)
             ratios[adjoint].append(duration / (call * rows[adjoint].calls + product * rows[adjoint].passes))
-            tick()
+        tick(len(adjoints))
     return [replace(rows[a], seconds=median(seconds[a]), ratio=median(ratios[a])) for a in adjoints]
 
 

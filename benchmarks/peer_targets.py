@@ -85,8 +85,8 @@ def against(
     """
     ratios = {}
     for problem in dict.fromkeys(row.problem for row in rows):
-        measured = [row for row in rows if row.problem == problem and not math.isnan(value(row))]
-        solved = [row for row in measured if row.solved]
+        measured = [row for row in rows if row.problem == problem]
+        solved = [row for row in measured if row.solved and not math.isnan(value(row))]
         own = [value(row) for row in solved if row.library == "deqkit" and (ours is None or row.solver in ours)]
         theirs = [value(row) for row in solved if row.library != "deqkit" and library in (None, row.library)]
         compared = any(row.library != "deqkit" and library in (None, row.library) for row in measured)
