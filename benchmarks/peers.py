@@ -15,8 +15,9 @@ time and memory; a gradient that is wrong while nothing warns is counted. Librar
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +33,7 @@ from peer_solvers import Peer, all_peers
 from peer_solves import MAX_CALLS, SolveRow, compare
 from peer_tables import calls_table, formatter, gradients_table, memory_table, targets_table, time_table
 from peer_targets import FINE, MIXED, Target, targets
-from problems import LARGE_PROBLEMS, PROBLEMS, build
+from problems import LARGE_PROBLEMS, PROBLEMS, Problem, build
 from reporting import describe, run_record, write_csv, write_json
 from tqdm import tqdm
 
@@ -79,27 +80,29 @@ def _tolerances(args: argparse.Namespace, dtype: torch.dtype) -> tuple[float, ..
     return tuple(args.rtol or TOLERANCES[dtype])
 
 
-def measure_solves(args: argparse.Namespace, plan: Sequence[Solves], repeats: int) -> list[SolveRow]:
+def measure_solves(
+    build: Callable[[str], Problem], plan: Sequence[Solves], repeats: int
+) -> list[SolveRow]:  # fmt: skip
     rows: list[SolveRow] = []
     total = sum(len(part.tolerances) * len(part.peers) * (1 + repeats) for part in plan)
     with tqdm(total=total, unit="solve", disable=None) as bar, torch.no_grad():
         for part in plan:
             bar.set_description(part.problem)
-            problem = build(part.problem, seed=args.seed, small=args.quick, dtype=part.dtype, device=args.device)
-            rows += compare(problem, part.dtype, part.tolerances, part.peers, repeats, bar.update)
+            rows += compare(
+                build(part.problem).astype(part.dtype), part.dtype, part.tolerances, part.peers, repeats, bar.update
+            )
     return rows
 
 
 def measure_gradients(
-    args: argparse.Namespace, plan: Sequence[tuple[str, torch.dtype, float]], adjoints: Sequence[PeerAdjoint],
-    repeats: int,
+    build: Callable[[str], Problem], plan: Sequence[tuple[str, torch.dtype, float]], adjoints: Sequence[PeerAdjoint],
+    repeats: int, seed: int,
 ) -> list[GradientRow]:  # fmt: skip
     rows: list[GradientRow] = []
     with tqdm(total=len(plan) * len(adjoints) * (1 + repeats), unit="gradient", disable=None) as bar:
         for name, dtype, rtol in plan:
             bar.set_description(f"gradients, {name}")
-            task = Task(build(name, seed=args.seed, small=args.quick, dtype=dtype, device=args.device), args.seed)
-            rows += compare_gradients(task, dtype, rtol, adjoints, repeats, bar.update)
+            rows += compare_gradients(Task(build(name).astype(dtype), seed), dtype, rtol, adjoints, repeats, bar.update)
     return rows
 
 
@@ -188,9 +191,15 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[SolveRow], list[Gradie
     record["versions"] |= {name: metadata.version(name) for name in sorted({peer.library for peer in peers}
                                                                           - {"deqkit"})}  # fmt: skip
     print(describe(record) + "\n")
-    solves = [] if args.part == "gradients" else measure_solves(args, plan_solves(args, peers), repeats)
-    gradients = [] if args.part == "solve" else measure_gradients(args, plan_gradients(args), adjoints, repeats)
+    # Once for all dtypes and parts: the reference solutions take a minute.
+    made = functools.cache(lambda name: build(name, seed=args.seed, small=args.quick, device=args.device))
+    solves: list[SolveRow] = []
+    gradients: list[GradientRow] = []
     lines: list[Target] = []
+    if args.part != "gradients":
+        solves = measure_solves(made, plan_solves(args, peers), repeats)
+    if args.part != "solve":
+        gradients = measure_gradients(made, plan_gradients(args), adjoints, repeats, args.seed)
     if solves:
         report_solves(solves, args.markdown)
     if gradients:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,13 @@ class Problem:
     def num_samples(self) -> int:
         """B."""
         return tree_leaves(self.x0)[0].shape[0]
+
+    def astype(self, dtype: torch.dtype) -> Problem:
+        """The same problem, weights and solution, with f and x0 in another working dtype."""
+        f = copy.deepcopy(self.f)
+        if isinstance(f, nn.Module):
+            f = f.to(dtype=dtype)
+        return replace(self, f=f, x0=tree_map(lambda leaf: leaf.to(dtype), self.x0))
 
     def relative_error(self, x: Any) -> Tensor:
         """|x - x*| / |x*| per sample, (B,), in float64."""

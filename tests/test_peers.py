@@ -35,7 +35,7 @@ def modules():
 
 
 def test_same_problem_same_rule(modules, tmp_path, capsys):
-    arguments = ["--quick", "--part", "solve", "--problem", "tanh_easy", "--problem", "ifpn", "--rtol", "1e-3"]
+    arguments = ["--quick", "--part", "solve", "--problem", "tanh_easy", "--problem", "conv", "--rtol", "1e-3"]
     arguments += ["--library", "scipy", "--library", "torchdeq"]
     rows, _ = modules["peers"].main([*arguments, "--repeats", "1", "--out", str(tmp_path / "out")])
     found = {(row.library, row.solver, row.problem): row for row in rows}
@@ -45,7 +45,7 @@ def test_same_problem_same_rule(modules, tmp_path, capsys):
         assert 1 <= row.calls <= 201 and not row.is_wrong
         assert row.memory > row.call_memory >= 1
     for name in ("fixed_point", "anderson", "broyden"):
-        assert found["deqkit", name, "tanh_easy"].solved and found["deqkit", name, "ifpn"].solved
+        assert found["deqkit", name, "tanh_easy"].solved and found["deqkit", name, "conv"].solved
     ours = found["deqkit", "anderson", "tanh_easy"]
     assert ours.calls <= found["deqkit", "fixed_point", "tanh_easy"].calls
     assert ours.memory > found["deqkit", "fixed_point", "tanh_easy"].memory + ours.calls  # its history
