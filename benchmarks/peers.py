@@ -5,7 +5,7 @@ wall time, wall time over that of as many bare calls of f, and peak memory. A re
 and that is not is counted. For every adjoint: the error of the gradient against the exact one, calls, backward passes,
 time and memory; a gradient that is wrong while nothing warns is counted. Libraries that are not installed are left out.
 
-    python benchmarks/peers.py                       # about ten minutes on two CPU cores
+    python benchmarks/peers.py                       # everything
     python benchmarks/peers.py --part solve --problem linear --rtol 1e-5 --repeats 5
     python benchmarks/peers.py --part gradients --problem conv
     python benchmarks/peers.py --calls-only          # no clock: the figures do not depend on the machine
@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rtol", type=float, action="append", help="only this tolerance; repeatable")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="only this one")
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="only this one beside deqkit; repeatable")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of timing; default: 5")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of timing; default: 3")
     parser.add_argument("--calls-only", action="store_true", help="no clock")
     parser.add_argument("--quick", action="store_true", help="small problems, for tests")
     parser.add_argument("--seed", type=int, default=0, help="of problems and cotangents; default: 0")
