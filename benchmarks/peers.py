@@ -157,7 +157,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rtol", type=float, action="append", help="only this tolerance; repeatable")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="only this one")
-    parser.add_argument("--library", choices=LIBRARIES, action="append", help="only this one beside deqkit; repeatable")
+    parser.add_argument(
+        "--library", choices=(*LIBRARIES, "none"), action="append", help="only this one beside deqkit; repeatable"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing; default: 3")
     parser.add_argument("--calls-only", action="store_true", help="no clock")
     parser.add_argument("--quick", action="store_true", help="small problems, for tests")
