@@ -210,10 +210,7 @@ def prepare_data(args: argparse.Namespace) -> CocoDataModule:
     data.refuse_thin_images(DetectorConfig(2, image_size=args.image_size).longest_side)
     if args.overwrite and args.data is not None:
         clear_out(args)
-    if data.single_split:
-        print(f"only the split {data.single_split} is there: it serves for training and for validation")
-    for name, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
-        print(f"{name}: {len(dataset)} images, {len(dataset.categories)} classes, {dataset.box_report}")
+    print(data.report())
     return data
 
 

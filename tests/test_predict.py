@@ -79,10 +79,10 @@ def test_bad_images_are_named_and_left_out(checkpoint, photos, tmp_path, capsys)
     (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:900])
     assert predict(checkpoint, [photos], tmp_path / "out", "--min_score=0") == 0
     output = capsys.readouterr().out
-    assert "words.jpg" in output and "cut.jpg" in output and "2 of 5 images could not be read" in output
+    assert "words.jpg" in output and "cut.jpg" in output and "2 of 5 images cannot be used" in output
     bad = [photos / "words.jpg", photos / "cut.jpg"]
     assert predict(checkpoint, bad, tmp_path / "none") == 2
-    assert "none of the 2 images could be read" in capsys.readouterr().err
+    assert "none of the 2 images can be used" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

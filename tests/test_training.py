@@ -3,11 +3,13 @@
 import csv
 import logging
 import math
+import pickle
 import warnings
 
 import lightning as L
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -20,6 +22,7 @@ from adapters.detection.training import (
     DetectorConfig,
     Schedule,
     SolverFigures,
+    Solves,
     StepTimer,
     load_checkpoint,
     median_of,
@@ -219,7 +222,34 @@ def test_summary_is_over_samples(root):
             solutions.append(model.backbone.fpn.last_solution)
     steps = torch.cat([solution.num_steps for solution in solutions]).double()
     assert len(steps) == 4
-    assert summarize(solutions).mean_steps == pytest.approx(steps.mean().item())
+    assert summarize([Solves.of(s) for s in solutions]).mean_steps == pytest.approx(steps.mean().item())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), r"or is damaged or cut off \(5000 bytes\)$"),
+        (lambda path: path.write_bytes(b""), r"or is damaged or cut off \(0 bytes\)$"),
+        (lambda path: change(path, lambda c: c.pop("detection")), "it has no 'detection'$"),
+        (lambda path: change(path, lambda c: c["state_dict"].pop("model.backbone.body.conv1.weight")),
+         r"with resnet18 and fpn: it lacks model.backbone.body.conv1.weight \(1 such\)$"),
+        (lambda path: change(path, lambda c: c["detection"]["detector"].update(neck="ifpn")),
+         r"does not fit this detector, retinanet with resnet18 and ifpn: it lacks model.backbone.fpn"),
+        (lambda path: change(path, lambda c: c.update(run=pickle.Pickler)), "it holds more than plain data$"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage, message):
+    path = write_checkpoint(tmp_path / "a.ckpt", "fpn")
+    damage(path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(path)
+    assert "a.ckpt" in str(error.value) and "\n" not in str(error.value)
+
+
+def change(path, what):
+    content = torch.load(path, weights_only=True)
+    what(content)
+    torch.save(content, path)
 
 
 @pytest.mark.parametrize("content", [None, "text", {"weights": 1}])
@@ -237,7 +267,7 @@ def test_foreign_checkpoint(tmp_path, content):
 def test_median_of_two_is_their_middle():
     solution = deqkit.solve(lambda x, b: 0.5 * x + b, torch.zeros(2, 1), args=(torch.ones(2, 1),), rtol=0.5)
     solution.relative_residual = torch.tensor([0.1, 0.3])
-    assert summarize([solution]).median_residual == pytest.approx(0.2)
+    assert summarize([Solves.of(solution)]).median_residual == pytest.approx(0.2)
 
 
 def test_median_of_values_that_are_not_finite():
@@ -247,12 +277,24 @@ def test_median_of_values_that_are_not_finite():
 
 
 def test_unsolved_share_spans_a_resume():
+    def solve(*slopes):
+        """Two steps of x <- slope x + 1 from 0 solve the samples of slope 0 alone."""
+        slope = torch.tensor(slopes)[:, None]
+        return deqkit.solve(
+            lambda x: slope * x + 1, torch.zeros_like(slope), solver="fixed_point", max_steps=2, on_failure="ignore"
+        )
+
     first, second = SolverFigures(), SolverFigures()
-    first._solved = [torch.tensor([True, False]), torch.tensor([False])]
+    for solution in (solve(0.0, 0.9), solve(0.9)):
+        first.count(solution)
+    size = len(pickle.dumps(first))
     second.load_state_dict(first.state_dict())
     assert second.unsolved == first.unsolved == pytest.approx(2 / 3)
-    second._solved = [torch.tensor([True])]
+    second.count(solve(0.0))
     assert second.unsolved == pytest.approx(0.5)
+    for _ in range(500):
+        first.count(solution)
+    assert len(pickle.dumps(first)) < size + 100 and first.unsolved == 502 / 503  # nothing is kept of a step
 
 
 @pytest.mark.parametrize("setting", ["num_classes", "image_size", "max_size", "anchor_size", "neck_channels"])

@@ -166,6 +166,50 @@ def test_the_images_of_a_test_are_checked_once(coco):
     assert data.test_dataset is data.test_dataset and len(data.test_dataset) == 2 and len(data.skipped) == 1
 
 
+def test_entries_without_a_size_are_skipped_and_counted(coco):
+    content = edit(coco, "train2017", lambda c: c["images"][1].update(width=0))
+    with pytest.raises(DataError, match="has no positive width and height"):
+        CocoDataModule(coco, progress=False).setup()
+    data = CocoDataModule(coco, progress=False, bad_data="skip", verify=False)
+    with pytest.warns(UserWarning, match="train2017: 1 images are left out; the first: .*no positive width"):
+        data.setup()
+    assert len(data.train_dataset) == 3 and content["images"][1]["file_name"] in data.skipped[0]
+    assert "left out: 1 images" in data.report()
+    edit(coco, "train2017", lambda c: [image.update(height=None) for image in c["images"]])
+    with pytest.raises(DataError, match="no positive width"):
+        CocoDataModule(coco, progress=False, bad_data="skip").setup()
+
+
+@pytest.mark.parametrize("content", ["<annotation>", "<annotation/>", None])
+def test_annotations_that_cannot_be_parsed_are_skipped_and_counted(voc, content):
+    xml = voc / "Annotations" / "000003.xml"
+    xml.unlink() if content is None else xml.write_text(content)
+    with pytest.raises(DataError, match="000003.xml"):
+        CocoDataModule(voc, progress=False).setup()
+    data = CocoDataModule(voc, progress=False, bad_data="skip")
+    with pytest.warns(UserWarning, match="train: 1 images are left out; the first: .*000003.xml"):
+        data.setup()
+    assert len(data.train_dataset) == 1 and len(data.skipped) == 1
+    (voc / "Annotations" / "000001.xml").write_text("<")
+    with pytest.raises(DataError, match="no annotation can be used; the first: .*000001.xml"):
+        CocoDataModule(voc, progress=False, bad_data="skip").setup()
+
+
+def test_one_process_of_a_machine_verifies(coco, monkeypatch):
+    """The others would read the whole set again; to skip the same images all must look."""
+    (coco / "train2017" / "000000000001.jpg").unlink()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    data = CocoDataModule(coco, progress=False)
+    data.setup()
+    assert len(data.train_dataset) == 4
+    data = CocoDataModule(coco, progress=False, bad_data="skip")
+    with pytest.warns(UserWarning, match="1 images are left out"):
+        data.setup()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match="000000000001.jpg"):
+        CocoDataModule(coco, progress=False).setup()
+
+
 def test_nothing_left_is_an_error(coco):
     for path in (coco / "val2017").iterdir():
         path.unlink()

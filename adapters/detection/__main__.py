@@ -13,6 +13,9 @@ COMMANDS = {
 }
 """What there is beside training and evaluation (`training.cli`): the function of a command."""
 
+TRAINING = ("fit", "validate", "test")
+"""The commands of training and evaluation."""
+
 USAGE = """\
 usage: python -m adapters.detection COMMAND [--help] [--config FILE] [--OPTION VALUE ...]
 
@@ -31,6 +34,9 @@ def main(words: Sequence[str]) -> int:
         lines = [f"  {name:15}  {(_function(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
         print("\n".join([USAGE, *lines]), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] not in (*TRAINING, *COMMANDS) and not words[0].startswith("-"):
+        print(f"error: unknown command {words[0]!r}: choose one of {[*TRAINING, *COMMANDS]}", file=sys.stderr)
+        return 2
     if words[0] not in COMMANDS:
         from adapters.detection.training.cli import run
 

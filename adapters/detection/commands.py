@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from torch import nn
 
 from adapters.detection.data import DataError
-from adapters.detection.files import written_whole
+from adapters.detection.data.image_files import is_too_thin
+from adapters.detection.files import folder_written_whole, written_whole
 from adapters.detection.images import find_images, read_images
 from adapters.detection.training import DetectionModule, DetectorConfig, load_checkpoint
 
@@ -101,12 +103,13 @@ def predict(
         not folder.exists() or not any(folder.iterdir()),
         f"{folder} is not empty, and nothing is written over: empty it, or give another --out",
     )
+    _check_writable(folder)
     paths = find_images(images)
     module = _load(checkpoint, device)
-    entries, solves = predict_images(
-        module, read_images(paths), folder, picture_names(paths) if pictures else {}, min_score=min_score,
-        batch_size=batch_size,
-    )  # fmt: skip
+    shown = read_images(paths, module.config.longest_side)
+    names = picture_names(paths) if pictures else {}
+    with folder_written_whole(folder) as partial:
+        entries, solves = predict_images(module, shown, partial, names, min_score=min_score, batch_size=batch_size)
     print(f"{len(entries)} detections with a score of at least {min_score:g}: {folder / PREDICTIONS}")
     if solves is not None:
         print(
@@ -138,8 +141,10 @@ def features(
     path = _new_file(out)
     _check(num_images >= 1, f"num_images must be at least 1, got {num_images}")
     paths = find_images(images)[:num_images]
-    models = {name: module.model for name, module in _load_all(checkpoints, device).items()}
-    shown = [image for _, image in read_images(paths)]
+    modules = _load_all(checkpoints, device)
+    models = {name: module.model for name, module in modules.items()}
+    longest = min(module.config.longest_side for module in modules.values())
+    shown = [image for _, image in read_images(paths, longest)]
     try:
         draw_feature_maps(path, models, shown, levels)
     except ValueError as error:
@@ -258,9 +263,11 @@ def cost(
     module = None if checkpoint is None else _load(checkpoint, "cpu")
     detector = read_detector(str(config), num_classes) if module is None else module.config
     if images:
-        batch = [image.to(where) for _, image in read_images(find_images(images)[:batch_size])]
+        batch = [image.to(where) for _, image in read_images(find_images(images)[:batch_size], detector.longest_side)]
     else:
-        batch = noise(batch_size, height or detector.sizes[-1], width or _default_width(detector), where)
+        size = height or detector.sizes[-1], width or _default_width(detector)
+        _check(not is_too_thin(*size, detector.longest_side), f"images of {size[0]} x {size[1]} pixels are too thin")
+        batch = noise(batch_size, *size, where)
 
     def build() -> nn.Module:
         model = as_trained(detector.build() if module is None else module.model, detector).to(where)
@@ -288,7 +295,15 @@ def _check(holds: bool, message: str) -> None:
 def _new_file(path: str | Path) -> Path:
     path = Path(path)
     _check(not path.exists(), f"{path} exists already, and nothing is written over: give another --out")
+    _check_writable(path)
     return path
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses a file or a folder that cannot be made, before any work is done for it."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    _check(there.is_dir(), f"--out {path}: {there} is a file, not a folder")
+    _check(os.access(there, os.W_OK | os.X_OK), f"--out {path}: no permission to write in {there}")
 
 
 def _load(checkpoint: str, device: str) -> DetectionModule:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from adapters.detection.memory import PeakMemory
-from adapters.detection.necks import ImplicitFPN
+from adapters.detection.necks import ImplicitFPN, last_solution
 from adapters.detection.training.schedule import Schedule, make_optimizer
 
 __all__ = ["Cost", "Part", "Timing", "calibrate_", "count_macs", "measure_cost", "noise"]
@@ -249,7 +249,7 @@ def measure_cost(
     if training:
         step = _training_step(model.train(), images)
         macs = count_macs(step)
-        solution = getattr(neck, "last_solution", None)
+        solution = last_solution(neck)
         forward = getattr(neck, "unroll", None) or 0
         if solution is not None:
             forward, backward = solution.num_fn_evals, solution.adjoint_stats.num_fn_evals

@@ -1,8 +1,9 @@
-"""Files that exist whole or not at all."""
+"""Files and folders that exist whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,3 +26,26 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a folder to write to, and moves what is in there to ``path`` when the block ends without an error.
+
+    An interrupted or failed block leaves nothing behind.
+
+    Args:
+        path: a folder that is new or empty.
+    """
+    path = Path(path)
+    was_there = path.exists()
+    partial = path / ".partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in partial.iterdir():
+            os.replace(entry, path / entry.name)
+    finally:
+        shutil.rmtree(partial)
+        if not was_there and not any(path.iterdir()):
+            path.rmdir()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
-from adapters.detection.data.coco import DataError, has_32_bit_pixels, to_rgb
+from adapters.detection.data import DataError
+from adapters.detection.data.image_files import has_32_bit_pixels, is_too_thin, to_rgb
 
 __all__ = ["SUFFIXES", "batched", "find_images", "read_image", "read_images"]
 
@@ -21,6 +22,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 def find_images(places: Sequence[str | Path]) -> list[Path]:
     """The images of files and folders, in the order given; those of a folder and its subfolders by name.
+
+    What is hidden in a folder, such as the "._a.jpg" that macOS puts beside an a.jpg, is passed over.
 
     Args:
         places: Files and folders. A file that comes twice is taken once.
@@ -34,11 +37,16 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise DataError(f"no such file or folder: {place}")
-        inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        inside = sorted(path for path in place.rglob("*") if _is_shown_image(path, place))
         if place.is_dir() and not inside:
             raise DataError(f"no image in folder {place}; what is looked for ends in {', '.join(SUFFIXES)}")
         found.update(dict.fromkeys(inside if place.is_dir() else [place]))
     return list(found)
+
+
+def _is_shown_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -59,32 +67,39 @@ def read_image(path: str | Path) -> Tensor:
     return functional.to_dtype(pixels, torch.float32, scale=True)
 
 
-def read_images(paths: Sequence[Path], *, progress: bool = True) -> Iterator[tuple[Path, Tensor]]:
-    """Reads images one after another; those that cannot be read are named on the terminal and left out.
+def read_images(
+    paths: Sequence[Path], longest_side: int | None = None, *, progress: bool = True
+) -> Iterator[tuple[Path, Tensor]]:
+    """Reads images one after another; those that cannot be used are named on the terminal and left out.
 
     Args:
         paths: The files.
+        longest_side: Limit of the longer side that a detector resizes images to, pixels; an image that is too thin for
+            it cannot be used. None: there is no limit.
         progress: Whether to show a progress bar.
 
     Yields:
         Path and image, see `read_image`.
 
     Raises:
-        DataError: None of them could be read.
+        DataError: None of them can be used.
     """
     bad = 0
     for path in tqdm(paths, "images", unit="img", disable=not progress):
         try:
             image = read_image(path)
+            height, width = image.shape[1:]
+            if longest_side is not None and is_too_thin(width, height, longest_side):
+                raise DataError(f"image {path} of {width}x{height} is too thin for a detector of {longest_side} pixels")
         except DataError as error:
             bad += 1
             tqdm.write(f"skipped: {error}")
             continue
         yield path, image
     if bad == len(paths):
-        raise DataError(f"none of the {bad} images could be read")
+        raise DataError(f"none of the {bad} images can be used")
     if bad:
-        print(f"{bad} of {len(paths)} images could not be read and were skipped")
+        print(f"{bad} of {len(paths)} images cannot be used and were skipped")
 
 
 def batched(images: Iterable[tuple[Path, Tensor]], size: int) -> Iterator[tuple[list[Path], list[Tensor]]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from adapters.detection.evaluation import coco_results
 from adapters.detection.files import written_whole
 from adapters.detection.images import batched
-from adapters.detection.training import DetectionModule, SolverSummary, summarize
+from adapters.detection.necks import last_solution
+from adapters.detection.training import DetectionModule, SolverSummary, Solves, summarize
 from adapters.detection.visualize import draw_boxes
 
 __all__ = ["PREDICTIONS", "class_names", "picture_names", "predict_images"]
@@ -76,14 +77,13 @@ def predict_images(
     model, device = module.model.eval(), module.device
     names, categories = class_names(module)
     entries: list[dict[str, Any]] = []
-    solutions = []
+    solves: list[Solves] = []
     number = 0
     for paths, group in batched(images, batch_size):
         outputs = model([image.to(device) for image in group])
-        solution = getattr(module.neck, "last_solution", None)
+        solution = last_solution(module.neck)
         if solution is not None:
-            solution.value = None  # the report alone: pyramids are large
-            solutions.append(solution)
+            solves.append(Solves.of(solution))
         for path, image, output in zip(paths, group, outputs, strict=True):
             number += 1
             kept = output["scores"] >= min_score
@@ -99,4 +99,4 @@ def predict_images(
                 entries.append(entry | {"category": name} | about)
     with written_whole(out / PREDICTIONS) as partial:
         partial.write_text("[" + ",\n".join(map(json.dumps, entries)) + "]\n")
-    return entries, summarize(solutions) if solutions else None
+    return entries, summarize(solves) if solves else None

@@ -133,8 +133,8 @@ def receptive_fields(
 ) -> list[ReceptiveField]:
     """The effective receptive fields of a detector's levels.
 
-    An image is scaled so that its shorter side has ``size`` pixels, and its middle is cut out: all fields are of the
-    same square, in pixels of the network's input.
+    The middle square of an image is cut out and scaled to ``size`` pixels: all fields are of the same square, in pixels
+    of the network's input.
 
     Args:
         model: A detector in eval mode.
@@ -179,7 +179,8 @@ def square_side(shorter_side: int) -> int:
 def _batches(images: Iterable[Tensor], size: int, batch_size: int) -> Iterator[Tensor]:
     group: list[Tensor] = []
     for image in images:
-        group.append(functional.center_crop(functional.resize(image, [size], antialias=True), [size, size]))
+        side = min(image.shape[1:])
+        group.append(functional.resize(functional.center_crop(image, [side, side]), [size, size], antialias=True))
         if len(group) == batch_size:
             yield torch.stack(group)
             group = []

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torchvision.transforms.v2.functional import resize
 
 import deqkit
 from adapters.detection.files import written_whole
@@ -26,7 +27,8 @@ from adapters.detection.receptive_field import THRESHOLD, ReceptiveField
 
 _DPI = 150
 _IMAGE_INCHES = 3.2  # width of an image in `draw_detections`
-_PICTURE_PIXELS = 1000  # least length of the longer side of a picture by `draw_boxes`
+_PICTURE_PIXELS = 1000, 2000  # least and greatest length of the longer side of a picture by `draw_boxes`
+_LABELLED = 60  # boxes of a picture by `draw_boxes` that have a label: with more, labels are all that is to be seen
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
@@ -46,6 +48,7 @@ def _draw_boxes(
     *,
     inches: float = _IMAGE_INCHES,
     size: float | None = None,
+    labelled: int | None = None,
 ) -> None:
     """One image with its boxes; the colour tells the class."""
     # Pixel i covers i to i + 1, as the corners of boxes count.
@@ -59,7 +62,10 @@ def _draw_boxes(
     taken: list[tuple[float, float, float]] = []
     for i, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = palette((label - 1) % 10)
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=line_width))
+        box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=line_width)
+        axes.add_patch(box).set_zorder(2 - 1e-4 * i)  # the surest come first, and lie on top
+        if labelled is not None and i >= labelled:
+            continue
         text = names[int(label)] + ("" if scores is None else f" {scores[i]:.2f}")
         style: dict[str, Any] = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
         line, width = 1.5 * size * pixels_per_point, 0.65 * size * len(text) * pixels_per_point
@@ -132,7 +138,9 @@ def draw_detections(
 def draw_boxes(
     path: str | Path, image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, class_names: Sequence[str]
 ) -> Path:
-    """Draws detections on one image, in the size of the image or, for a small one, larger.
+    """Draws detections on one image, in the size of the image, but between 1000 and 2000 pixels on the longer side.
+
+    Of many boxes only the surest have a label, and they lie on top.
 
     Args:
         path: Picture to write.
@@ -146,12 +154,19 @@ def draw_boxes(
         The path.
     """
     height, width = image.shape[1:]
-    inches = width * max(1.0, _PICTURE_PIXELS / max(height, width)) / _DPI
+    longest = max(height, width)
+    if longest > _PICTURE_PIXELS[1]:  # matplotlib would take the minutes and gigabytes of the whole photograph
+        scale = _PICTURE_PIXELS[1] / longest
+        image = resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+        boxes = boxes * torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
+        height, width = image.shape[1:]
+        longest = max(height, width)
+    inches = width * max(1.0, _PICTURE_PIXELS[0] / longest) / _DPI
     figure = Figure(figsize=(inches, inches * height / width))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     # As legible on a large photograph as on a small one.
-    size = (8.0 if len(boxes) <= 30 else 6.0) * max(1.0, max(height, width) / _PICTURE_PIXELS)
-    _draw_boxes(axes, image, boxes, labels, class_names, scores, inches=inches, size=size)
+    size = (8.0 if len(boxes) <= 30 else 6.0) * max(1.0, longest / _PICTURE_PIXELS[0])
+    _draw_boxes(axes, image, boxes, labels, class_names, scores, inches=inches, size=size, labelled=_LABELLED)
     axes.set_axis_off()
     return _save(figure, path)
 

@@ -1,15 +1,14 @@
 """Detection data: sets in the layout of COCO-2017 or Pascal VOC, and a generator of synthetic ones."""
 
-from adapters.detection.data.coco import (
-    BoxReport,
+from adapters.detection.data.annotations import (
     CocoAnnotations,
-    CocoDetection,
     DataError,
     find_splits,
     merge_categories,
     read_annotations,
-    verify_images,
 )
+from adapters.detection.data.coco import BoxReport, CocoDetection
+from adapters.detection.data.image_files import verify_images
 from adapters.detection.data.module import CocoDataModule
 from adapters.detection.data.synthetic import SyntheticSettings, generate_dataset
 from adapters.detection.data.voc import read_voc

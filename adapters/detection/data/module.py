@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from adapters.detection.data.coco import CocoDetection, DataError, find_bad_images, merge_categories, verify_images
+from adapters.detection.data.annotations import DataError, merge_categories
+from adapters.detection.data.coco import CocoDetection
+from adapters.detection.data.image_files import find_bad_images, is_too_thin, verify_images
 from adapters.detection.data.order import BatchOrder, epoch_order, seed_of
 from adapters.detection.data.splits import Split, read_splits, read_test_split
 
@@ -29,7 +33,8 @@ class CocoDataModule(L.LightningDataModule):
     The order of the training images and their augmentation depend on the seed and the epoch only, so that a resumed run
     sees the same batches as an uninterrupted one, however many processes load them. That needs
     ``Trainer(reload_dataloaders_every_n_epochs=1)`` and, with several ranks, ``use_distributed_sampler=False``: every
-    rank has its own share here.
+    rank has its own share here. A run that is resumed inside an epoch with another number of images per step repeats
+    or leaves out some images of that epoch, and says so.
 
     Args:
         root: The folder, see `adapters.detection.data.splits.read_splits`.
@@ -44,10 +49,11 @@ class CocoDataModule(L.LightningDataModule):
             the validation.
         limit_train_images: Use the first images only (None: all).
         limit_val_images: The same for the validation.
-        verify: Whether `setup` decodes every image once, to find bad ones before the training.
-        bad_data: "error": an image that is missing, unreadable or not of the size in its annotation, or an annotation
-            of an unknown category, is a `DataError`. "skip": it is left out and counted. (Boxes without area are left
-            out and counted in any case: COCO has some.)
+        verify: Whether `setup` decodes every image once, to find bad ones before the training. Of several processes on
+            a machine the first does so; to skip bad images all do, for all must know them.
+        bad_data: "error": an image that is missing, unreadable or not of the size in its annotation, whose entry gives
+            no size or whose xml cannot be read, or an annotation of an unknown category, is a `DataError`. "skip": it
+            is left out and counted. (Boxes without area are left out and counted in any case: COCO has some.)
         progress: Whether to show a progress bar while doing so.
 
     Attributes:
@@ -107,6 +113,7 @@ class CocoDataModule(L.LightningDataModule):
         self.single_split: str | None = None
         self.skipped: list[str] = []
         self._is_set_up = False
+        self._images_per_step: int | None = None  # of the run that is resumed
 
     @property
     def num_classes(self) -> int:
@@ -124,6 +131,30 @@ class CocoDataModule(L.LightningDataModule):
             "limit_val_images": self.limit_val_images,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the seed: how many images a step takes."""
+        return {"images_per_step": self._images_of_a_step()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up how many images a step took in the run that is resumed."""
+        self._images_per_step = state_dict["images_per_step"]
+
+    def _images_of_a_step(self) -> int:
+        return self.batch_size * (self.trainer.world_size if self.trainer else 1)
+
+    def report(self) -> str:
+        """What was found in the data, in a few lines."""
+        self.setup()
+        lines = [
+            f"{name}: {len(dataset)} images, {len(dataset.categories)} classes, {dataset.box_report}"
+            for name, dataset in (("train", self.train_dataset), ("val", self.val_dataset))
+        ]
+        if self.single_split:
+            lines.append(f"only the split {self.single_split} is there: it serves for training and for validation")
+        if self.skipped:
+            lines.append(f"left out: {len(self.skipped)} images that cannot be used; the first: {self.skipped[0]}")
+        return "\n".join(lines)
+
     def setup(self, stage: str | None = None) -> None:
         """Reads the annotation files and, with ``verify``, checks the images.
 
@@ -133,8 +164,10 @@ class CocoDataModule(L.LightningDataModule):
         if self._is_set_up:
             return
         skip = self.bad_data == "skip"
-        train, val = read_splits(self.root, self.train_split, self.val_split, skip_unknown=skip)
+        train, val = read_splits(self.root, self.train_split, self.val_split, skip_bad=skip)
         self.single_split = train.name if train.name == val.name else None
+        for split in (train,) if self.single_split else (train, val):
+            self._leave_out(split.name, split.annotations.skipped)
         categories = merge_categories(train.annotations, val.annotations)
         train, val = self._usable(_head(train, self.limit_train_images), _head(val, self.limit_val_images))
         flip = v2.RandomHorizontalFlip(self.flip_probability)
@@ -163,8 +196,7 @@ class CocoDataModule(L.LightningDataModule):
         self.setup()
         for dataset in (self.train_dataset, self.val_dataset):
             for image in dataset.annotations.images:
-                short, long = sorted((image["width"], image["height"]))
-                if short * longest < long:
+                if is_too_thin(image["width"], image["height"], longest):
                     size = f"{image['width']}x{image['height']}"
                     raise DataError(
                         f"image {dataset.folder / image['file_name']} of {size} is too thin: its longer side becomes "
@@ -183,17 +215,20 @@ class CocoDataModule(L.LightningDataModule):
 
     def _bad_images(self, split: Split) -> dict[Any, str]:
         if self.bad_data == "error":
+            if not _is_first_of_node():
+                return {}
             verify_images(split.annotations, split.folder, progress=self.progress)
             return {}
         bad = find_bad_images(split.annotations, split.folder, progress=self.progress)
         if len(bad) == len(split.annotations.images):
             raise DataError(f"no image of the split {split.name} can be used; the first: {next(iter(bad.values()))}")
-        if bad:
-            self.skipped += bad.values()
-            warnings.warn(
-                f"{split.name}: {len(bad)} images are left out; the first: {self.skipped[-len(bad)]}", stacklevel=2
-            )
+        self._leave_out(split.name, list(bad.values()))
         return bad
+
+    def _leave_out(self, split: str, faults: Sequence[str]) -> None:
+        if faults:
+            self.skipped += faults
+            warnings.warn(f"{split}: {len(faults)} images are left out; the first: {faults[0]}", stacklevel=3)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the current epoch; a last, incomplete batch is left out if there are others."""
@@ -228,6 +263,13 @@ class CocoDataModule(L.LightningDataModule):
         if limit is not None:
             batches = min(batches, limit if isinstance(limit, int) else max(1, math.floor(batches * limit)))
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        before, now = self._images_per_step, self._images_of_a_step()
+        if progress.processed % batches and before not in (None, now):
+            warnings.warn(
+                f"the checkpoint was written inside an epoch, in batches of {before} images over all processes; in "
+                f"batches of {now} the rest of this epoch repeats or leaves out some images, later ones do not",
+                stacklevel=2,
+            )
         return progress.processed % batches
 
     def val_dataloader(self) -> DataLoader:
@@ -244,7 +286,8 @@ class CocoDataModule(L.LightningDataModule):
         self.setup()
         if self.test_split is None:
             return self.val_dataset
-        split = read_test_split(self.root, self.test_split)
+        split = read_test_split(self.root, self.test_split, skip_bad=self.bad_data == "skip")
+        self._leave_out(split.name, split.annotations.skipped)
         categories = self.train_dataset.categories
         for entry in (entry for entries in split.annotations.annotations.values() for entry in entries):
             if entry["category_id"] not in categories:
@@ -265,6 +308,11 @@ class CocoDataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _is_first_of_node() -> bool:
+    """Whether this process is the first of a distributed training on its machine, by the launcher's variables."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 def _head(split: Split, count: int | None) -> Split:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from adapters.detection.data.coco import CocoAnnotations, DataError
+from adapters.detection.data.annotations import CocoAnnotations, DataError
 
 __all__ = ["VOC_CLASSES", "find_voc_splits", "is_voc", "read_voc"]
 
@@ -43,13 +43,14 @@ def find_voc_splits(root: str | Path) -> tuple[str, str]:
     return (train or val)[0], (val or train)[0]
 
 
-def read_voc(root: str | Path, splits: Sequence[str]) -> dict[str, CocoAnnotations]:
+def read_voc(root: str | Path, splits: Sequence[str], *, skip_bad: bool = False) -> dict[str, CocoAnnotations]:
     """Reads and checks splits of a set in the layout of Pascal VOC.
 
     Args:
         root: The folder.
         splits: Names of the splits, which share their categories: VOC's own twenty, or else all classes that the
             splits show, in alphabetical order.
+        skip_bad: Leave out and count images whose annotation cannot be used, in place of an error.
 
     Returns:
         The annotations per split. The id of an image is its name in the list.
@@ -58,7 +59,9 @@ def read_voc(root: str | Path, splits: Sequence[str]) -> dict[str, CocoAnnotatio
         DataError: A file is missing, is not xml, or lacks what a detection set needs.
     """
     root = Path(root)
-    parsed = {split: [_parse(root, name) for name in _listed(root, split)] for split in dict.fromkeys(splits)}
+    parsed, skipped = {}, {}
+    for split in dict.fromkeys(splits):
+        parsed[split], skipped[split] = _parse_all(root, _listed(root, split), skip_bad)
     seen = sorted({obj["name"] for images in parsed.values() for _, objects in images for obj in objects})
     if not seen:
         raise DataError(f"{root / 'Annotations'} has no object in the split {' or '.join(parsed)}")
@@ -76,7 +79,8 @@ def read_voc(root: str | Path, splits: Sequence[str]) -> dict[str, CocoAnnotatio
             for image, objects in images
         }
         entries = [image for image, _ in images]
-        read[split] = CocoAnnotations(root / "ImageSets" / "Main" / f"{split}.txt", entries, by_image, categories)
+        path = root / "ImageSets" / "Main" / f"{split}.txt"
+        read[split] = CocoAnnotations(path, entries, by_image, categories, skipped=skipped[split])
     return read
 
 
@@ -95,6 +99,21 @@ def _listed(root: Path, split: str) -> list[str]:
     if len(set(names)) < len(names):
         raise DataError(f"list of images {path} names an image twice")
     return names
+
+
+def _parse_all(root: Path, names: Sequence[str], skip_bad: bool) -> tuple[list[Any], tuple[str, ...]]:
+    """Entry and objects of every image that can be used, and what is wrong with the others."""
+    parsed, faults = [], []
+    for name in names:
+        try:
+            parsed.append(_parse(root, name))
+        except DataError as error:
+            if not skip_bad:
+                raise
+            faults.append(str(error))
+    if not parsed:
+        raise DataError(f"no annotation can be used; the first: {faults[0]}")
+    return parsed, tuple(faults)
 
 
 def _parse(root: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

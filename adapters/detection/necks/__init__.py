@@ -11,7 +11,7 @@ from adapters.detection.necks.cross_scale import (
     NoConnection,
     PyramidConv,
 )
-from adapters.detection.necks.implicit_fpn import ImplicitFPN
+from adapters.detection.necks.implicit_fpn import ImplicitFPN, last_solution
 from adapters.detection.necks.iteration import PRESETS
 from adapters.detection.necks.mdeq import MDEQTransform
 from adapters.detection.necks.norms import OUT_NORMS
@@ -33,4 +33,5 @@ __all__ = [
     "PyramidConv",
     "ResidualBlock",
     "convert_fpn_",
+    "last_solution",
 ]

@@ -37,7 +37,7 @@ from adapters.detection.necks.iteration import ResidualLikeIteration, as_dtype, 
 from adapters.detection.necks.norms import GroupNorm, IntegratedBatchNorm, Masks, blank, each, padding_masks
 from adapters.detection.necks.transform import TransformFactory, make_transform
 
-__all__ = ["ImplicitFPN"]
+__all__ = ["ImplicitFPN", "last_solution"]
 
 
 class ImplicitFPN(deqkit.nn.FixedPoint):
@@ -325,3 +325,8 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         title = f"{self.in_channels_list} -> {self.out_channels}, levels in the state: {levels}"
         how = super().extra_repr() if self.unroll is None else f"unroll={self.unroll}"
         return f"{title}\n{how}"
+
+
+def last_solution(neck: nn.Module) -> deqkit.Solution | None:
+    """The report of a neck's last solve; None before the first, and for a neck that solves nothing."""
+    return neck.last_solution if isinstance(neck, ImplicitFPN) else None

@@ -5,7 +5,7 @@ from adapters.detection.training.config import DetectorConfig
 from adapters.detection.training.module import DetectionModule
 from adapters.detection.training.run_folder import best_checkpoint, last_checkpoint, make_loggers
 from adapters.detection.training.schedule import Schedule
-from adapters.detection.training.solver_figures import SolverFigures, SolverSummary, median_of, summarize
+from adapters.detection.training.solver_figures import SolverFigures, SolverSummary, Solves, median_of, summarize
 from adapters.detection.training.step_timer import StepTimer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Schedule",
     "SolverFigures",
     "SolverSummary",
+    "Solves",
     "StepTimer",
     "best_checkpoint",
     "last_checkpoint",

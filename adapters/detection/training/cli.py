@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from adapters.detection.data import CocoDataModule, DataError
 from adapters.detection.evaluation import BACKENDS, CocoEvaluation
 from adapters.detection.files import written_whole
+from adapters.detection.training.checkpoints import check_weights, read_checkpoint
 from adapters.detection.training.module import DetectionModule
 from adapters.detection.training.run_folder import SaveLastStep, best_checkpoint, last_checkpoint, make_loggers
 from adapters.detection.training.solver_figures import SolverFigures
@@ -132,6 +133,8 @@ class DetectionCLI(LightningCLI):
         if path not in (None, "hpc") and not Path(path).is_file():
             hint = f"; --out FOLDER says where the run is, now {self.folder}" if start in ("last", "best") else ""
             raise DataError(f"--ckpt_path {start}: no checkpoint at {path}{hint}")
+        if path not in (None, "hpc"):
+            _said_in_a_line(read_checkpoint, path)
 
     @rank_zero_only
     def _refuse_to_mix_runs(self) -> None:
@@ -155,6 +158,9 @@ class DetectionCLI(LightningCLI):
             raise DataError(reason) from error
         module: Any = self.model
         self.datamodule.refuse_thin_images(module.config.longest_side)
+        path = self.options.ckpt_path
+        if path not in (None, "hpc"):
+            _said_in_a_line(lambda: check_weights(path, read_checkpoint(path)["state_dict"], module))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with the callbacks and loggers of a run in its folder."""
@@ -194,19 +200,20 @@ class DetectionCLI(LightningCLI):
         """Keeps the config, and says what was found in the data."""
         with written_whole(self.folder / CONFIG) as partial:
             partial.write_text(self._dumped())
-        data: Any = self.datamodule
-        for name, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
-            print(f"{name}: {len(dataset)} images, {len(dataset.categories)} classes, {dataset.box_report}")
-        if data.single_split:
-            print(f"only the split {data.single_split} is there: it serves for training and for validation")
-        if data.skipped:
-            print(f"left out: {len(data.skipped)} images that cannot be used; the first: {data.skipped[0]}")
+        print(self.datamodule.report())
 
     def _dumped(self) -> str:
         """The config of the subcommand as YAML, which ``--config`` takes: that of the run, wherever it was resumed."""
         options = self.options.clone()
         options.ckpt_path = None
         return self._parser(self.subcommand).dump(options, skip_unset=False)
+
+
+def _said_in_a_line(function: Callable[..., Any], *args: Any) -> None:
+    try:
+        function(*args)
+    except ValueError as error:
+        raise DataError(f"--ckpt_path: {error}") from error
 
 
 def find_recipe(word: str) -> str:

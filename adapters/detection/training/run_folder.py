@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from adapters.detection.training.checkpoints import MovableCheckpoint
@@ -39,10 +39,11 @@ def best_checkpoint(folder: Path) -> Callback:
     )  # fmt: skip
 
 
-class SaveLastStep(Callback):
+class SaveLastStep(Checkpoint):
     """Keeps the state after the last step in ``checkpoints/last.ckpt``, whatever the interval of `last_checkpoint`.
 
-    Inside the step, where a checkpoint still knows its place in the epoch: a longer training can go on from there.
+    Inside the step, where a checkpoint still knows its place in the epoch: a longer training can go on from there. As a
+    `Checkpoint` it comes after the callbacks that end a training early, by ``max_time`` for one.
 
     Args:
         folder: Folder of the run.
@@ -52,7 +53,13 @@ class SaveLastStep(Callback):
         self.path = folder / "checkpoints" / "last.ckpt"
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Saves, if this was the last one, of all steps or of all epochs."""
+        """Saves, if this was the last one, of all steps or of all epochs, or if the training ends early."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch):
+        last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        if last or trainer.should_stop:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Saves, if the training ends by the outcome of the validation."""
+        if trainer.should_stop and trainer.state.fn == "fit":
             trainer.save_checkpoint(self.path)

@@ -7,12 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed
 from torch import Tensor
 
 import deqkit
-from adapters.detection.necks import ImplicitFPN
+from adapters.detection.necks import last_solution
 
-__all__ = ["SolverFigures", "SolverSummary", "median_of", "summarize"]
+__all__ = ["SolverFigures", "SolverSummary", "Solves", "median_of", "summarize"]
 
 
 @dataclass
@@ -43,37 +44,37 @@ class SolverFigures(L.Callback):
 
     def __init__(self) -> None:
         self.validation: SolverSummary | None = None
-        self._solutions: list[deqkit.Solution] = []
-        self._solved: list[torch.Tensor] = []
-        self._before = (0, 0)  # solves, and unsolved ones, of the run that was resumed
+        self._solves: list[Solves] = []
+        self._total = 0
+        self._unsolved = torch.zeros((), dtype=torch.int64)  # on the device of the solves, which need not wait for it
 
     @property
     def unsolved(self) -> float:
         """Share of the training solves that did not meet their tolerance, 0 to 1; those before a resume count."""
-        total, unsolved = self._counts()
-        return unsolved / total if total else 0.0
+        return int(self._unsolved) / self._total if self._total else 0.0
 
-    def _counts(self) -> tuple[int, int]:
-        total = sum(len(solved) for solved in self._solved)
-        solved = int(torch.cat(self._solved).sum()) if self._solved else 0
-        return self._before[0] + total, self._before[1] + total - solved
+    def count(self, solution: deqkit.Solution) -> None:
+        """Counts the solves of a training step."""
+        converged = solution.converged
+        self._total += converged.numel()
+        self._unsolved = self._unsolved.to(converged.device) + (~converged).sum()
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps: the counts of the training solves."""
-        return dict(zip(("solves", "unsolved"), self._counts(), strict=True))
+        return {"solves": self._total, "unsolved": int(self._unsolved)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Takes up the counts of the run that is resumed."""
-        self._before, self._solved = (state_dict["solves"], state_dict["unsolved"]), []
+        self._total, self._unsolved = state_dict["solves"], torch.tensor(state_dict["unsolved"])
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Logs the solve of the step, and its adjoint's."""
-        solution = _last_solution(pl_module)
+        solution = _of_neck(pl_module)
         if solution is not None:
-            self._solved.append(solution.converged.reshape(-1))  # a batch solved as one system has no batch dim
+            self.count(solution)
         if solution is None or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        summary = asdict(summarize([solution]))
+        summary = asdict(summarize([Solves.of(solution)]))
         figures = {f"solver/{name}": value for name, value in summary.items()}
         stats = solution.adjoint_stats
         if stats.num_steps is not None and stats.converged is not None:
@@ -83,39 +84,57 @@ class SolverFigures(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the last epoch's solves."""
-        self._solutions = []
+        self._solves = []
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Keeps what the solver reports about the batch."""
-        solution = _last_solution(pl_module)
+        solution = _of_neck(pl_module)
         if solution is not None:
-            self._solutions.append(_without_value(solution))
+            self._solves.append(Solves.of(solution))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sums up and logs."""
-        self.validation = summarize(self._solutions) if self._solutions else None
+        """Sums up, over all ranks, and logs."""
+        shares: list[Any] = [self._solves]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._solves)
+        solves = [solve for share in shares for solve in share]
+        self.validation = summarize(solves) if solves else None
         if self.validation is not None:
             figures = asdict(self.validation)
             pl_module.log_dict({f"val/solver_{name}": value for name, value in figures.items()}, batch_size=1)
 
 
-def _last_solution(module: L.LightningModule) -> deqkit.Solution | None:
-    neck = getattr(module, "neck", None)
-    return neck.last_solution if isinstance(neck, ImplicitFPN) else None
+def _of_neck(module: Any) -> deqkit.Solution | None:
+    return last_solution(module.neck)
 
 
-def _without_value(solution: deqkit.Solution) -> deqkit.Solution:
-    """The report alone: the pyramids of a whole validation set would not fit into memory."""
-    report = solution.detach()
-    report.value = None
-    return report
+@dataclass(frozen=True)
+class Solves:
+    """The report of a solve alone, on the CPU: the pyramids of a whole validation set would not fit into memory.
+
+    Attributes:
+        steps: solver steps per sample.
+        residuals: relative residuals.
+        converged: which samples met the tolerance.
+    """
+
+    steps: Tensor
+    residuals: Tensor
+    converged: Tensor
+
+    @classmethod
+    def of(cls, solution: deqkit.Solution) -> Solves:
+        """The report of a solution; a batch that was solved as one system counts as one sample."""
+        found = (solution.num_steps, solution.relative_residual, solution.converged)
+        return cls(*(values.detach().double().cpu().reshape(-1) for values in found))
 
 
-def summarize(solutions: list[deqkit.Solution]) -> SolverSummary:
+def summarize(solves: list[Solves]) -> SolverSummary:
     """How a number of solves went, over all their samples."""
-    residuals = torch.cat([s.relative_residual.double().cpu().reshape(-1) for s in solutions])
-    steps = torch.cat([s.num_steps.double().cpu().reshape(-1) for s in solutions])
-    converged = torch.cat([s.converged.double().cpu().reshape(-1) for s in solutions])
+    residuals = torch.cat([solve.residuals for solve in solves])
+    steps = torch.cat([solve.steps for solve in solves])
+    converged = torch.cat([solve.converged for solve in solves])
     return SolverSummary(steps.mean().item(), median_of(residuals), residuals.max().item(), converged.mean().item())
 
 
