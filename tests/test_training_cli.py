@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoints import write_checkpoint
+from lightning.pytorch.callbacks import Timer
 
 from adapters.detection.data import SyntheticSettings, generate_dataset
-from adapters.detection.training import Schedule, load_checkpoint
+from adapters.detection.training import DetectionModule, Schedule, load_checkpoint
 from adapters.detection.training.cli import PACKAGE, run
 
 IMAGES = 10
@@ -174,7 +176,9 @@ def poisoned(self, batch, batch_idx):
 
 def report(self):
     total = sum(p.double().sum().item() for p in self.parameters())
-    Path(__file__).with_name(f"rank{self.global_rank}.json").write_text(json.dumps([self.skipped_steps, total]))
+    (figures,) = [callback.validation for callback in self.trainer.callbacks if hasattr(callback, "validation")]
+    found = [self.skipped_steps, total, figures.mean_steps, figures.worst_residual]
+    Path(__file__).with_name(f"rank{self.global_rank}.json").write_text(json.dumps(found))
 
 DetectionModule.training_step, DetectionModule.on_train_end = poisoned, report
 sys.exit(run(sys.argv[1:]))
@@ -236,6 +240,46 @@ def test_unusable_settings_end_in_one_line_and_leave_nothing(root, tmp_path, cap
     assert status == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["fit", "validate"])
+def test_unusable_checkpoints_are_named_before_anything_starts(root, tmp_path, capsys, method):
+    whole = write_checkpoint(tmp_path / "fpn.ckpt", "fpn", num_classes=5)
+    (tmp_path / "cut.ckpt").write_bytes(whole.read_bytes()[:9000])
+    for name, message in (("cut", "damaged or cut off (9000 bytes)"), ("fpn", "resnet18 and ifpn: it lacks model.ba")):
+        words = command(root, tmp_path / "out", f"--ckpt_path={tmp_path / name}.ckpt", method=method)
+        assert run(words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{name}.ckpt" in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ends_by_the_clock_has_its_last_step(root, tmp_path, monkeypatch):
+    """Inside an epoch, between two checkpoints; what is resumed from there is what was never stopped."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(command(root, whole, every=100)) == 0
+    step = DetectionModule.training_step
+    done = []
+
+    def counted(self, batch, batch_idx):
+        done.append(batch_idx)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionModule, "training_step", counted)
+        patch.setattr(Timer, "time_elapsed", lambda self, stage="train": 1e6 if len(done) == 3 else 0.0)
+        assert run(command(root, out, "--trainer.max_time=00:01:00:00", every=100)) == 0
+    assert len(done) == 3
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert run(command(root, out, "--ckpt_path=last", every=100)) == 0
+    assert losses(out) == losses(whole)
+
+
+def test_another_batch_size_inside_an_epoch_is_told(root, tmp_path):
+    out = tmp_path / "out"
+    assert run(command(root, out, "--trainer.limit_val_batches=0", steps=3)) == 0
+    with pytest.warns(UserWarning, match="in batches of 2 images over all processes; in batches of 3 the rest"):
+        assert run(command(root, out, "--ckpt_path=last", "--data.batch_size=3", steps=4)) == 0
 
 
 def test_what_the_data_say_before_training(root, tmp_path, capsys):

@@ -264,7 +264,7 @@ class CocoDataModule(L.LightningDataModule):
             batches = min(batches, limit if isinstance(limit, int) else max(1, math.floor(batches * limit)))
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         before, now = self._images_per_step, self._images_of_a_step()
-        if progress.processed % batches and before not in (None, now):
+        if before not in (None, now) and progress.processed % max(1, len(self.train_dataset) // before):
             warnings.warn(
                 f"the checkpoint was written inside an epoch, in batches of {before} images over all processes; in "
                 f"batches of {now} the rest of this epoch repeats or leaves out some images, later ones do not",

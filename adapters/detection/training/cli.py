@@ -86,6 +86,9 @@ class DetectionCLI(LightningCLI):
         """Parses the command line; ``--config recipes/...`` is found from any folder."""
         words = sys.argv[1:] if args is None else args
         super().parse_arguments(parser, [find_recipe(word) for word in words] if isinstance(words, list) else words)
+        path = self.config[self.config.subcommand].ckpt_path
+        if path is not None and Path(path).is_file():
+            _said_in_a_line(read_checkpoint, path)  # Lightning reads it as soon as this returns
 
     @property
     def options(self) -> Any:

@@ -51,6 +51,7 @@ class SaveLastStep(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "checkpoints" / "last.ckpt"
+        self._saved = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Saves, if this was the last one, of all steps or of all epochs, or if the training ends early."""
@@ -58,8 +59,9 @@ class SaveLastStep(Checkpoint):
         last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         if last or trainer.should_stop:
             trainer.save_checkpoint(self.path)
+            self._saved = trainer.global_step
 
     def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Saves, if the training ends by the outcome of the validation."""
-        if trainer.should_stop and trainer.state.fn == "fit":
+        if trainer.should_stop and trainer.state.fn == "fit" and trainer.global_step > self._saved:
             trainer.save_checkpoint(self.path)
