@@ -1,6 +1,7 @@
 """Images found and read, detections drawn and written, feature maps: as functions and as commands."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,66 @@ def test_bad_images_are_named_and_left_out(checkpoint, photos, tmp_path, capsys)
     assert not (tmp_path / "none").exists()
 
 
+def test_images_too_thin_for_the_detector_are_named_and_left_out(checkpoint, photos, tmp_path, capsys):
+    """The shorter side of 200 x 1 pixels is nothing once the longer is 96."""
+    thin = write_image(tmp_path / "thin.png", size=(200, 1))
+    assert predict(checkpoint, [photos, thin], tmp_path / "out", "--pictures=false") == 0
+    output = capsys.readouterr().out
+    assert f"image {thin} of 200x1 is too thin" in output and "1 of 4 images cannot be used" in output
+    words = ["features", "--checkpoints", str(checkpoint), "--images", str(thin), "--out", str(tmp_path / "maps.png")]
+    assert main(words) == 2 and "none of the 1 images can be used" in capsys.readouterr().err
+    assert main(["cost", "--checkpoint", str(checkpoint), "--height=1", "--width=200"]) == 2
+    assert "1 x 200 pixels are too thin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("too large")])
+@pytest.mark.parametrize("folder_is_there", [False, True])
+def test_a_stopped_prediction_leaves_nothing(checkpoint, photos, tmp_path, monkeypatch, error, folder_is_there):
+    import adapters.detection.predict as module
+
+    calls, draw = [], module.draw_boxes
+
+    def draw_once(path, *args, **kwargs):
+        calls.append(draw(path, *args, **kwargs))
+        if len(calls) == 2:
+            raise error
+
+    out = tmp_path / "out"
+    if folder_is_there:
+        out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_boxes", draw_once)
+        assert predict(checkpoint, [photos], out) == (130 if error is KeyboardInterrupt else 2)
+    assert len(calls) == 2 and out.exists() == folder_is_there and not list(out.glob("*"))
+    assert predict(checkpoint, [photos], out) == 0 and (out / "predictions.json").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(photos, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert predict("nowhere.ckpt", [photos], tmp_path / "file" / "out") == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may write anywhere
+    assert predict("nowhere.ckpt", [photos], tmp_path / "new" / "out") == 2
+    assert f"no permission to write in {tmp_path}" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_all(capsys):
+    assert main(["detect"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown command 'detect'" in error and all(f"'{name}'" in error for name in ("fit", *COMMANDS))
+
+
+def test_pictures_of_large_images_are_smaller(tmp_path):
+    image = torch.zeros(3, 100, 3000)
+    box, one = torch.tensor([[1500.0, 30.0, 2400.0, 90.0]]), torch.ones(1)
+    path = draw_boxes(tmp_path / "p.png", image, box, one.long(), one, ["background", "a"])
+    with Image.open(path) as file:
+        assert file.size == (2000, 67)
+        columns = np.asarray(file.convert("RGB")).max(2)[45] > 60
+    assert abs(columns.nonzero()[0].min() - 1000) < 5 and abs(columns.nonzero()[0].max() - 1600) < 5
+
+
 def test_nothing_is_written_over(checkpoint, photos, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -145,6 +206,8 @@ def test_help_lists_the_commands(capsys):
 
 def test_images_are_found_in_order_and_once(photos):
     (photos / "notes.txt").write_text("no image")
+    for hidden in ("._a.jpg", ".thumbnails/a.jpg", "more/.b.png"):
+        write_image(photos / hidden)
     names = [photos / "a.jpg", photos / "b.png", photos / "more" / "a.png"]
     assert find_images([photos]) == names
     assert find_images([photos / "b.png", photos, photos / "notes.txt"]) == [

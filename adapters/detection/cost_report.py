@@ -115,4 +115,5 @@ def _count(number: int) -> str:
 
 
 def _giga(macs: float) -> str:
-    return f"{macs / 1e9:.2f}"
+    giga = macs / 1e9
+    return f"{giga:.2f}" if giga >= 1 or giga == 0 else f"{giga:.2g}"  # a small detector's are not all 0.00

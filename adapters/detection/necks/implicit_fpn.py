@@ -81,7 +81,8 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         autocast: Precision that G is computed in ("bfloat16", "float16" or the dtype), with state, laterals and output
             left as they are. None: that of the surrounding autocast, if any.
         unroll: Number k of steps P <- G(P + B) from P = 0 to take and to differentiate through, without a solver
-            (the paper's Table 2). 0 gives B itself, and there is no G. None: the fixed point.
+            (the paper's Table 2). 0 gives B itself, and there is no G. `norm` and `on_failure` then have no meaning, as
+            nothing is solved for. None: the fixed point.
         preset: Where the five settings after it come from if they are not given: "fast" or "paper" (see `PRESETS`).
         solver: Solver of the forward pass, a name or a solver object of `deqkit`.
         adjoint: How the fixed point is differentiated, a name or an adjoint object of `deqkit`.
