@@ -42,6 +42,11 @@ def to_host(values: Tensor) -> np.ndarray:
     return (values.detach() if values.requires_grad else values).cpu().numpy()
 
 
+def on_host(values: Array) -> np.ndarray:
+    """The values, wherever they are kept."""
+    return to_host(values) if isinstance(values, Tensor) else values
+
+
 def as_tensor(values: Array, like: Tensor) -> Tensor:
     """The values as a tensor on the device of ``like``."""
     if isinstance(values, Tensor):
@@ -52,17 +57,48 @@ def as_tensor(values: Array, like: Tensor) -> Tensor:
 
 def known_none(mask: Array) -> bool:
     """Whether the mask holds nowhere, as far as the host can tell without looking at the device."""
-    return isinstance(mask, np.ndarray) and not mask.any()
+    return isinstance(mask, np.ndarray) and not np.count_nonzero(mask)
 
 
 def known_all(mask: Array) -> bool:
     """Whether the mask holds everywhere, as far as the host can tell without looking at the device."""
-    return isinstance(mask, np.ndarray) and bool(mask.all())
+    return isinstance(mask, np.ndarray) and np.count_nonzero(mask) == mask.size
 
 
 def where(mask: Array, a: Any, b: Any) -> Array:
     """Elements of ``a`` where the mask holds, of ``b`` elsewhere."""
     return torch.where(mask, a, b) if isinstance(mask, Tensor) else np.where(mask, a, b)
+
+
+def zeros(like: Array, *shape: int) -> Array:
+    """Zeros of the dtype and in the place of ``like``."""
+    return like.new_zeros(shape) if isinstance(like, Tensor) else np.zeros(shape, like.dtype)
+
+
+def placed(values: Array, like: Array) -> Array:
+    """The values in the place of ``like``."""
+    return as_tensor(values, like) if isinstance(like, Tensor) else on_host(values)
+
+
+def with_column(matrix: Array, column: Array) -> Array:
+    """The matrix (B, n) and one more column (B,)."""
+    parts = [matrix, column[:, None]]
+    return torch.cat(parts, dim=1) if isinstance(matrix, Tensor) else np.concatenate(parts, axis=1)
+
+
+def copy(values: Array) -> Array:
+    """The values, to be kept when these are written to."""
+    return values.clone() if isinstance(values, Tensor) else values.copy()
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Products of batches of matrices; of small ones, several times quicker on the host in NumPy than as tensors."""
+    return torch.bmm(a, b) if isinstance(a, Tensor) else np.matmul(a, b)
+
+
+def rows_dot(a: Array, b: Array) -> Array:
+    """Inner product of every row (B, n) with the other's, (B,)."""
+    return torch.linalg.vecdot(a, b) if isinstance(a, Tensor) else np.einsum("bn,bn->b", a, b)
 
 
 def at_least(values: Array, low: float) -> Array:

@@ -42,6 +42,9 @@ class Look:
     any_outside: bool = True
 
 
+_ALL_GO_ON = Look(all_active=True, any_outside=False)
+
+
 class Ledger:
     """Kept on the host where it looks at every step anyway, else on the device: see `deqkit.arrays`.
 
@@ -85,6 +88,7 @@ class Ledger:
             everywhere = arrays.to_host(self._given) if self.on_host else self._given
         self.patience = Patience(self.termination, residual, scale)
         self.active = self.was_active = self.better = everywhere
+        self.all_active = arrays.known_all(everywhere)  # as far as is known
         self.nowhere = self.outside = everywhere & ~everywhere
         self.retreats = self.nothing = self.nowhere * 0  # tries in a row
         self.status = self.nothing + int(Status.MAX_STEPS)
@@ -93,10 +97,10 @@ class Ledger:
         self.best_residual, self.best_scale, self.best_parts = residual, scale, self.parts
         self.best_distance = arrays.where(self.nowhere, distance, torch.inf)
 
-    def record(self, step: int, residuals: Tensor, scales: Tensor) -> None:
+    def record(self, step: int, residuals: Array, scales: Array) -> None:
         """Enter one evaluation: residuals and scales (K, B) as `deqkit.norms.StateNorm` gives them."""
         with arrays.quiet():
-            given: tuple[Array, Array] = _both_to_host(residuals, scales) if self.on_host else (residuals, scales)
+            given = _both_to_host(residuals, scales) if self.on_host else self._as_tensors(residuals, scales)
             measured = self.termination.measure(*given)
             self.parts = given if len(residuals) > 1 else None
             if self.step < 0:
@@ -105,12 +109,14 @@ class Ledger:
             self.was_active = self.active
             self.residual, self.scale, self.distance = measured
             self._improve()
+            self.patience.record(self.best_distance)
             if self.trace is not None:
                 self.trace.append(arrays.where(self.active, _relative(self.residual, self.scale), torch.nan))
             self._end()
 
     def _improve(self) -> None:
-        self.better = self.active & (self.distance < self.best_distance)
+        better = self.distance < self.best_distance
+        self.better = better if self.all_active else self.active & better
         if arrays.known_all(self.better):
             self.best_distance, self.best_residual, self.best_scale = self.distance, self.residual, self.scale
             self.best_parts = self.parts
@@ -125,18 +131,21 @@ class Ledger:
     def _end(self) -> None:
         """Take the samples that have ended out of the race, with the reason; a later reason in this list wins."""
         finite, done = self.distance < torch.inf, self.distance <= self.termination.target
+        if self.on_host and self._all_go_on(finite, done):
+            self.outside, self.retreats = self.nowhere, self.nothing
+            return
         reasons, ended = [(Status.CONVERGED, done), (Status.NONFINITE, ~finite)], done | ~finite
         if not self.termination.fixed_steps:
             diverged = self.patience.diverged(self.residual)
             ended = ended | diverged
             reasons = [(Status.DIVERGED, diverged), *reasons]
-            stagnated = self.patience.stagnated(self.best_distance)
+            stagnated = self.patience.stagnated()
             if stagnated is not None:
                 ended = ended | stagnated
                 far = stagnated & (self.residual > self.patience.low_limit)
                 reasons = [(Status.STAGNATED, stagnated), (Status.DIVERGED, far), *reasons]
             if self.limits is not None:
-                hopeless = self.patience.hopeless(self.best_distance, self.limits - self.step)
+                hopeless = self.patience.hopeless(self.limits - self.step)
                 if hopeless is not None:
                     ended, reasons = ended | hopeless, [(Status.STAGNATED, hopeless), *reasons]
                 late = self.limits <= self.step
@@ -150,7 +159,16 @@ class Ledger:
         for status, met in reasons:
             self.status = arrays.where(met & ended, int(status), self.status)
         self.num_steps = arrays.where(ended, self.step, self.num_steps)
-        self.active = self.active & ~ended
+        self.active, self.all_active = self.active & ~ended, False
+
+    def _all_go_on(self, finite: Array, done: Array) -> bool:
+        """Whether no sample has any reason to end: so it is after most evaluations, and quickly seen."""
+        going = finite & ~done
+        if not self.termination.fixed_steps:
+            if self.patience.is_running_out or self.limits is not None:
+                return False
+            going = going & ~self.patience.diverged(self.residual)
+        return arrays.known_all(going if self.all_active else going | ~self.active)
 
     def _step_outside(self, not_finite: Array) -> None:
         """Note where f is not finite although it has been, and another try is granted."""
@@ -161,16 +179,26 @@ class Ledger:
         self.retreats = (self.retreats + 1) * self.outside
 
     def look(self, step: int, x: Blocks, r: Blocks, check_every: int) -> Look:
-        """Settle the best point now that ``x`` is recorded, and say how the batch stands, as far as is known."""
+        """Settle the best point now that ``x`` is recorded, and say how the batch stands, as far as is known.
+
+        Args:
+            step: solver steps taken so far.
+            x: the point; samples that had ended before rest at their best points, see `freeze`.
+            r: its residual.
+            check_every: see `Solver`.
+        """
         if not self.on_host:
             self._keep_best(x, r)
             unseen = self.termination.fixed_steps or bool(step % check_every)
             return Look(none_active=not unseen and not bool(self.active.any()), any_outside=self.may_retreat)
-        if self.better.all():
+        # Those that had ended rest at their best points already.
+        if arrays.known_all(self.better) or arrays.known_all(self.better | ~self.was_active):
             self.best_x, self.best_r = x, r
-        elif self.better.any():
+        elif not arrays.known_none(self.better):
             self._keep_best(x, r)
-        return Look(bool(self.active.all()), not self.active.any(), bool(self.outside.any()))
+        if self.all_active and self.outside is self.nowhere:
+            return _ALL_GO_ON
+        return Look(self.all_active, arrays.known_none(self.active), not arrays.known_none(self.outside))
 
     def _keep_best(self, x: Blocks, r: Blocks) -> None:
         better = self._mask(self.better)
@@ -211,6 +239,9 @@ class Ledger:
         """The new point for samples that go on, the best one for the others."""
         return linalg.where(self._mask(self.active), new, self.best_x)
 
+    def _as_tensors(self, *values: Array) -> tuple[Array, ...]:
+        return tuple(arrays.as_tensor(a, self.best_x[0]) for a in values)
+
     def _mask(self, mask: Array) -> Tensor:
         return arrays.as_tensor(mask, self.best_x[0])
 
@@ -240,7 +271,9 @@ class Ledger:
         )
 
 
-def _both_to_host(residuals: Tensor, scales: Tensor) -> tuple[Array, Array]:
+def _both_to_host(residuals: Array, scales: Array) -> tuple[Array, Array]:
+    if not isinstance(residuals, Tensor):
+        return residuals, scales
     if arrays.free_to_look(residuals.device):
         return arrays.to_host(residuals), arrays.to_host(scales)
     both = arrays.to_host(torch.stack([residuals, scales]))

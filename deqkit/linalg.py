@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,10 +64,12 @@ class History:
             elif torch.is_grad_enabled() or torch.compiler.is_compiling():
                 column.copy_(scaling.apply(block))
             else:
-                torch.mul(block, scaling.factor.unsqueeze(1), out=column)
-                if not scaling.all_good:
-                    column.masked_fill_(~scaling.good.unsqueeze(1), 0.0)
+                scaling.write(block, column)
         return columns
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the samples with these indices alone."""
+        self._chunks = [tuple(buffer.index_select(0, rows) for buffer in chunk) for chunk in self._chunks]
 
     def column(self, slot: int) -> Blocks:
         """One of the columns, (B, d) per leaf: views, which the next push may change."""
@@ -116,8 +119,19 @@ class History:
 
     def dot(self, blocks: Blocks) -> Tensor:
         """Inner product of every column with one vector, shape (B, n)."""
-        parts = [_row_products(chunk, blocks) for chunk in self._filled()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self._products(tuple(b.unsqueeze(1) for b in blocks)).squeeze(1)
+
+    def dots(self, first: Blocks, second: Blocks) -> Tensor:
+        """Inner products of every column with two vectors, shape (B, 2, n): the columns are read once."""
+        return self._products(tuple(torch.stack(pair, dim=1) for pair in zip(first, second, strict=True)))
+
+    def _products(self, rows: Blocks) -> Tensor:
+        # Rows times a matrix: the other way round, bmm takes an order of magnitude longer on the CPU.
+        parts = []
+        for chunk in self._filled():
+            products = [torch.bmm(b, h.transpose(1, 2)) for h, b in zip(chunk, rows, strict=True)]
+            parts.append(products[0] if len(products) == 1 else sum(products[1:], start=products[0]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def subtract_combination(self, base: Blocks, coefficients: Tensor) -> Blocks:
         """``base`` minus the columns weighted by ``coefficients`` (B, n)."""
@@ -134,33 +148,27 @@ class History:
 _SMALL_BUFFER, _LARGE_BUFFER = 2**19, 2**22  # bytes
 
 
-def _row_products(columns: Blocks, blocks: Blocks) -> Tensor:
-    # A row times a matrix: the other way round, bmm takes an order of magnitude longer on the CPU.
-    products = [torch.bmm(b.unsqueeze(1), h.transpose(1, 2)).squeeze(1) for h, b in zip(columns, blocks, strict=True)]
-    return sum(products[1:], start=products[0])
-
-
-def grown(matrix: Tensor, n: int, limit: int) -> Tensor:
+def grown(matrix: Array, n: int, limit: int) -> Array:
     """The matrix (B, k, k) with room for n rows: itself, or twice as large, up to ``limit``, with zeros in the rest."""
     k = matrix.shape[1]
     if n <= k:
         return matrix
     size = min(limit, max(n, 2 * k))
-    larger = matrix.new_zeros(matrix.shape[0], size, size)
+    larger = arrays.zeros(matrix, matrix.shape[0], size, size)
     larger[:, :k, :k] = matrix
     return larger
 
 
-def write_row(matrix: Tensor, slot: int, row: Tensor) -> Tensor:
+def write_row(matrix: Array, slot: int, row: Array) -> Array:
     """The matrix (B, m, m) with its row ``slot`` replaced by ``row`` (B, n); a copy where gradients are enabled."""
-    matrix = matrix.clone() if torch.is_grad_enabled() else matrix
+    matrix = arrays.copy(matrix) if torch.is_grad_enabled() else matrix
     matrix[:, slot, : row.shape[1]] = row
     return matrix
 
 
-def write_column(matrix: Tensor, slot: int, column: Tensor) -> Tensor:
+def write_column(matrix: Array, slot: int, column: Array) -> Array:
     """The matrix (B, m, m) with its column ``slot`` replaced by ``column`` (B, n), as `write_row` does."""
-    return write_row(matrix.transpose(1, 2), slot, column).transpose(1, 2)
+    return write_row(matrix.swapaxes(1, 2), slot, column).swapaxes(1, 2)
 
 
 def dot(a: Blocks, b: Blocks) -> Tensor:
@@ -171,6 +179,9 @@ def dot(a: Blocks, b: Blocks) -> Tensor:
 
 # Norms whose squares a dtype holds with room to spare, so that nothing of weight under- or overflowed in their sum.
 _SAFE_NORMS = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e150)}
+
+
+_RANGES = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in _SAFE_NORMS}
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -191,14 +202,25 @@ def row_norms(matrices: tuple[Tensor, ...]) -> Tensor:
     if device.type != "cpu" and dtype != wide:  # bound by memory, so that the wider sum costs nothing
         return torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=wide) for x in matrices])
     plain = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in matrices])
+    if arrays.free_to_look(device) and _all_safe(arrays.to_host(plain), dtype):
+        return plain.to(wide)
     low, high = _SAFE_NORMS[dtype]
-    if arrays.free_to_look(device) and plain.numel():
-        smallest, largest = torch.aminmax(plain)
-        if low <= smallest.item() and largest.item() <= high:
-            return plain.to(wide)
     unsafe = (plain < low) | (plain > high)
     exact = torch.stack([_exact_row_norm(x, wide) if x.shape[1] else x.sum(dim=1).to(wide) for x in matrices])
     return torch.where(unsafe, exact, plain.to(wide))
+
+
+def row_sizes(matrices: tuple[Tensor, ...]) -> Array:
+    """`row_norms` as constants, on the host where it is free to look at them."""
+    if not arrays.free_to_look(matrices[0].device):
+        return row_norms(matrices).detach()
+    plain = np.array([arrays.to_host(torch.linalg.vector_norm(x, dim=1)) for x in matrices], np.float64)
+    return plain if _all_safe(plain, matrices[0].dtype) else arrays.to_host(row_norms(matrices))
+
+
+def _all_safe(norms: np.ndarray, dtype: torch.dtype) -> bool:
+    low, high = _SAFE_NORMS[dtype]
+    return bool(norms.size) and bool(low <= norms.min()) and bool(norms.max() <= high)  # not so where there is a NaN
 
 
 def _exact_row_norm(x: Tensor, wide: torch.dtype) -> Tensor:
@@ -224,39 +246,58 @@ def norms(states: tuple[Blocks, ...]) -> Tensor:
     return row_norms(leaves.reshape(len(states), -1, leaves.shape[1]).transpose(1, 2).unbind())
 
 
+def sizes(states: tuple[Blocks, ...]) -> Array:
+    """`norms` as constants, on the host where it is free to look at them."""
+    leaves = row_sizes(tuple(x for state in states for x in state))
+    if len(leaves) == len(states):
+        return leaves
+    grouped = arrays.as_tensor(leaves, states[0][0]).reshape(len(states), -1, leaves.shape[1])
+    return row_sizes(grouped.transpose(1, 2).unbind())
+
+
 @dataclass(frozen=True)
 class Scaling:
     """A factor per sample.
 
     Attributes:
-        factor: (B,), zero where it would not be a usable number.
-        good: where it is one, (B,).
-        all_good: whether it is known to be one everywhere.
+        factor: (B, 1), zero where it would not be a usable number.
+        good: where it is one, (B,); None where it is known to be one everywhere.
     """
 
     factor: Tensor
-    good: Tensor
-    all_good: bool
+    good: Array | None
 
     def apply(self, x: Tensor) -> Tensor:
         """The matrix (B, d), scaled; zero where the factor is no good, even if the matrix is not finite there."""
-        return (x * self.factor.unsqueeze(1)).masked_fill(~self.good.unsqueeze(1), 0.0)
+        scaled = x * self.factor
+        return scaled if self.good is None else scaled.masked_fill(self._bad(x), 0.0)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """`apply`, into a given place, without gradient."""
+        torch.mul(x, self.factor, out=out)
+        if self.good is not None:
+            out.masked_fill_(self._bad(x), 0.0)
+
+    def _bad(self, like: Tensor) -> Tensor:
+        return ~arrays.as_tensor(self.good, like).unsqueeze(1)
 
 
 def unit_scaling(a: Blocks, allowed: Array = None) -> Scaling:
     """What makes every sample a unit vector, as a constant; good where ``allowed`` (B,) and the factor is a number."""
     dtype = a[0].dtype
-    with torch.no_grad(), arrays.quiet():
-        size: Array = norm(a)
+    with arrays.quiet():
+        size = sizes((a,))[0]
         if arrays.free_to_look(a[0].device):
-            size = arrays.to_host(size)
-            allowed = None if allowed is None else arrays.to_host(allowed)
+            size = arrays.on_host(size)
         inverse = 1 / size
-        good = (inverse >= torch.finfo(dtype).tiny) & (inverse <= torch.finfo(dtype).max)  # not so for size inf or NaN
-        good = good if allowed is None else good & allowed
-        all_good = arrays.known_all(good)
-        inverse = inverse if all_good else arrays.where(good, inverse, 0.0)
-        return Scaling(arrays.as_tensor(inverse, a[0]).to(dtype), arrays.as_tensor(good, a[0]), all_good)
+        tiny, huge = _RANGES[dtype]
+        good = (inverse >= tiny) & (inverse <= huge)  # not so for size inf or NaN
+        good = good if allowed is None else good & arrays.placed(allowed, good)
+        if arrays.known_all(good):
+            good = None
+        else:
+            inverse = arrays.where(good, inverse, 0.0)
+        return Scaling(arrays.as_tensor(inverse[:, None], a[0]).to(dtype), good)
 
 
 def inverse_size(size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

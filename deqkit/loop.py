@@ -12,6 +12,7 @@ solver is shown the best point again instead of the one outside.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from deqkit import arrays
 from deqkit.ledger import Ledger, LoopResult, relative
 from deqkit.norms import StateNorm
+from deqkit.shrinking import ShrinkingState
 from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Termination
@@ -88,14 +90,18 @@ def run(
     point: Point | None = None
     kept: dict[int, Blocks] = {}
     on_host = _keeps_books_on_host(f, solver, termination)
+    with_grad = torch.is_grad_enabled()
+    shrinking = None
+    if on_host and not (with_grad or record or termination.fixed_steps):
+        shrinking = ShrinkingState.around(state)
     for step in range(max_steps + 1):
         if step in keep:
             kept[step] = x
         # The last point of an unrolled solve is evaluated only to be measured: nothing is differentiated through it.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step < max_steps):
+        with torch.no_grad() if with_grad and step == max_steps else contextlib.nullcontext():
             fx = f(x)
             r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
-        with torch.no_grad():
+        with torch.no_grad() if with_grad else contextlib.nullcontext():
             if ledger is None:
                 ledger = Ledger(x, r, on_host, termination, trace, active, solver.may_retreat, limits)
             ledger.record(step, *norm(r, fx))
@@ -105,7 +111,11 @@ def run(
         point = ledger.point(x, fx, r, max_steps - step, f.resolution)
         if look.none_active or step == max_steps:
             break
-        new = state.step(ledger.inside(point) if look.any_outside else point)
+        inside = ledger.inside(point) if look.any_outside else point
+        if look.all_active or shrinking is None:
+            new = state.step(inside)
+        else:
+            new = shrinking.step(inside, ledger.active)
         if look.any_outside:
             new = ledger.retreat(new)
         new = f.layout.round(new)

@@ -1,8 +1,9 @@
 """L0. Norms of a state, one or several numbers per sample.
 
-Every norm answers two questions at once, with tensors of shape (K, B): how large is the residual f(x) - x, and how
+Every norm answers two questions at once, with numbers of shape (K, B): how large is the residual f(x) - x, and how
 large is f(x), against which a relative tolerance is measured. K is how many parts of the state must each meet the
-tolerance: 1 for a norm over the whole state, the number of leaves where each counts by itself.
+tolerance: 1 for a norm over the whole state, the number of leaves where each counts by itself. They are on the host
+where it is free to look at them, else on the device: see `deqkit.arrays`.
 """
 
 from __future__ import annotations
@@ -13,29 +14,30 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deqkit import linalg
+from deqkit.arrays import Array
 from deqkit.state import Blocks, StateLayout
 
 
 class StateNorm(Protocol):
     """Residual and scale, each of shape (K, B), from the residual and f(x)."""
 
-    def __call__(self, r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
+    def __call__(self, r: Blocks, fx: Blocks) -> tuple[Array, Array]:
         """Measure one evaluation."""
         ...
 
 
-def l2(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
+def l2(r: Blocks, fx: Blocks) -> tuple[Array, Array]:
     """The Euclidean norm over all leaves of a sample."""
-    sizes = linalg.norms((r, fx))
+    sizes = linalg.sizes((r, fx))
     return sizes[:1], sizes[1:]
 
 
-def leaf_max(r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
+def leaf_max(r: Blocks, fx: Blocks) -> tuple[Array, Array]:
     """Euclidean norms of every leaf by itself; the leaf farthest from its own tolerance decides.
 
     A flat norm hides an unconverged small leaf behind a large one; this one does not.
     """
-    sizes = linalg.row_norms((*r, *fx))
+    sizes = linalg.row_sizes((*r, *fx))
     return sizes[: len(r)], sizes[len(r) :]
 
 

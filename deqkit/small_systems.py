@@ -1,5 +1,13 @@
 """L0. The small linear systems of the quasi-Newton solvers, one per sample.
 
+A system that gains a row and a column at every step is not factorised again each time. Its inverse is kept as a product
+that grows by bordering (Faddeev & Faddeeva, "Computational Methods of Linear Algebra", 1963, sec. 19): with
+
+    M' = [[M, c], [r^T, d]],   u = M^-1 c,   v = M^-T r,   s = d - r^T u
+
+it is M'^-1 = [[M^-1, 0], [0, 0]] + (-u, 1) (-v, 1)^T / s, a sum of one such term per step. There is no pivoting, and a
+row that depends on the others is left out instead: s is then zero but for rounding.
+
 ONNX has no linear solver among its operators. While a graph is exported to it, the systems are solved by Gauss-Jordan
 elimination, column by column in elementary operations,
 
@@ -14,8 +22,87 @@ Legend: B samples, n unknowns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from deqkit import arrays, linalg
+from deqkit.arrays import Array
+
+
+class BorderedInverse:
+    """M^-1 of systems that grow, for use without gradients; on the host or on the device, as it is given them.
+
+    Args:
+        positive_definite: whether the systems are to be symmetric and positive definite.
+        resolution: relative precision of their entries.
+        limit: the largest n there will be.
+    """
+
+    def __init__(self, *, positive_definite: bool, resolution: float, limit: int) -> None:
+        self.positive_definite, self.resolution, self.limit = positive_definite, resolution, limit
+        self.count = 0  # n
+        self._right: Array  # rows (-u, 1), over sqrt(s) where positive definite, (B, at least n, at least n)
+        self._left: Array  # rows (-v, 1) / s; the same where positive definite
+
+    def append(self, row: Array, column: Array) -> Array:
+        """Border the systems.
+
+        Args:
+            row: the last row of M', (B, n + 1); not looked at where it is the column.
+            column: its last column, (B, n + 1).
+
+        Returns:
+            Which were bordered (B,). The others got a row and a column of the identity.
+        """
+        n = self.count
+        c, corner = column[:, :n], column[:, n]
+        u = v = c
+        pivot, size = corner, abs(corner)
+        if n:
+            u = self.solve(c)
+            r, v = (c, u) if self.positive_definite else (row[:, :n], self._solve_transposed(row[:, :n]))
+            along = arrays.rows_dot(r, u)
+            pivot, size = corner - along, size + abs(along)
+        good = ((pivot if self.positive_definite else abs(pivot)) > self.resolution * size) & (size < math.inf)
+        if not arrays.known_all(good):
+            u, v = (arrays.where(good[:, None], b, 0.0) for b in (u, v))
+            pivot = arrays.where(good, pivot, 1.0)
+        per_pivot = (pivot**-0.5 if self.positive_definite else 1 / pivot)[:, None]
+        self._make_room(column)
+        self._left[:, n, :n] = -per_pivot * v
+        self._left[:, n, n : n + 1] = per_pivot
+        if not self.positive_definite:
+            self._right[:, n, :n] = -u
+            self._right[:, n, n] = 1.0
+        self.count += 1
+        return good
+
+    def solve(self, right: Array) -> Array:
+        """M^-1 times the right-hand sides (B, n)."""
+        return self._product(right, self._left, self._right)
+
+    def select(self, rows: Array) -> None:
+        """Keep the systems with these indices alone."""
+        if self.count:
+            self._left = self._left[rows]
+            self._right = self._left if self.positive_definite else self._right[rows]
+
+    def _solve_transposed(self, right: Array) -> Array:
+        return self._product(right, self._right, self._left)
+
+    def _product(self, right: Array, first: Array, second: Array) -> Array:
+        n = self.count
+        weights = arrays.matmul(right[:, None], first[:, :n, :n].swapaxes(1, 2))
+        return arrays.matmul(weights, second[:, :n, :n])[:, 0]
+
+    def _make_room(self, like: Array) -> None:
+        n = self.count
+        if n == 0:
+            self._left = self._right = arrays.zeros(like, like.shape[0], 0, 0)
+        self._left = linalg.grown(self._left, n + 1, self.limit)
+        self._right = self._left if self.positive_definite else linalg.grown(self._right, n + 1, self.limit)
 
 
 def solve(matrix: Tensor, right: Tensor, *, positive_definite: bool) -> tuple[Tensor, Tensor]:

@@ -61,13 +61,15 @@ def run(
         f, x0, first, patient, max_steps=max_steps, norm=norm, limits=limits, trace=trace, keep=keep, callback=callback,
         record=record,
     )  # fmt: skip
-    for stage in others:
+    for i, stage in enumerate(others, start=1):
         left = max_steps - result.num_steps
         failed = (result.status != Status.CONVERGED) & (left > 0)
         if not bool(failed.any()):
             break
         steps, done = int(left[failed].max()), int(result.num_steps.max())
         patient = replace(termination, patience=patience_for(steps, stage.blind_steps))
+        if i < len(others):  # another one is waiting
+            patient = replace(patient, outlook=outlook_for(steps, stage.blind_steps))
         later = loop.run(
             f, result.x, stage, patient, max_steps=steps, norm=norm, active=failed, limits=left, trace=trace,
             keep=_later_steps(keep, result.num_steps[failed]), callback=_counting_on(callback, done),

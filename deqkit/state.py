@@ -48,6 +48,7 @@ class _Leaf:
     is_plain: bool  # whether that is the order of the dims
     permuted_shape: tuple[int, ...]
     width: int  # d
+    is_direct: bool  # whether a block is the leaf under another shape
 
     def stacked(self, size: int) -> _Leaf:
         order, inverse = ((0, *(d + 1 for d in dims)) for dims in (self.order, self.inverse))
@@ -105,8 +106,8 @@ class StateLayout:
         inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
         permuted = tuple(x.shape[d] for d in order) + ((2,) if x.is_complex() else ())
         real, plain = _REAL_OF.get(x.dtype, x.dtype), order == tuple(range(len(order)))
-        width = math.prod(permuted[self.batch_dims :])
-        return _Leaf(name, x.shape, x.dtype, real, order, inverse, plain, permuted, width)
+        width, direct = math.prod(permuted[self.batch_dims :]), plain and x.dtype == self.dtype
+        return _Leaf(name, x.shape, x.dtype, real, order, inverse, plain, permuted, width, direct)
 
     def of_blocks(self, blocks: Blocks) -> StateLayout:
         """A layout in which blocks of this one are themselves the states, of the same batch."""
@@ -129,12 +130,19 @@ class StateLayout:
 
     def pack(self, tree: Any) -> Blocks:
         """The pytree as blocks: views where dtype and memory order allow it."""
-        return self._pack(tree_flatten(tree)[0])
+        return self._pack(self._flatten(tree)[0])
+
+    def _flatten(self, tree: Any) -> tuple[list[Any], TreeSpec]:
+        if isinstance(tree, Tensor) and self.treespec.is_leaf():  # the common case, and on the way of every evaluation
+            return [tree], self.treespec
+        return tree_flatten(tree)
 
     def _pack(self, leaves: list[Tensor]) -> Blocks:
         return tuple(self._to_block(leaf, x) for leaf, x in zip(self.leaves, leaves, strict=True))
 
     def _to_block(self, leaf: _Leaf, x: Tensor) -> Tensor:
+        if leaf.is_direct and x.dtype == self.dtype:
+            return x.reshape(self.num_samples, leaf.width)
         if not leaf.is_plain:
             x = x.permute(leaf.order)
         if x.is_complex():
@@ -143,11 +151,12 @@ class StateLayout:
 
     def unpack(self, blocks: Blocks) -> Any:
         """The blocks as a pytree of x0's structure, shapes and dtypes: views wherever dtypes allow it."""
-        return tree_unflatten(
-            [self._from_block(leaf, b) for leaf, b in zip(self.leaves, blocks, strict=True)], self.treespec
-        )
+        leaves = [self._from_block(leaf, b) for leaf, b in zip(self.leaves, blocks, strict=True)]
+        return leaves[0] if self.treespec.is_leaf() else tree_unflatten(leaves, self.treespec)
 
     def _from_block(self, leaf: _Leaf, block: Tensor) -> Tensor:
+        if leaf.is_direct:
+            return block.reshape(leaf.shape)
         x = block.to(leaf.real_dtype).reshape(leaf.permuted_shape)
         if leaf.dtype.is_complex:
             x = torch.view_as_complex(x.contiguous())
@@ -168,8 +177,8 @@ class StateLayout:
             ValueError: another structure, shape or device than the state's.
             TypeError: a leaf that is no tensor, or of another dtype outside autocast.
         """
-        leaves, spec = tree_flatten(out)
-        if spec != self.treespec:
+        leaves, spec = self._flatten(out)
+        if spec is not self.treespec and spec != self.treespec:
             leaves = self._match(out, spec)
         for leaf, x in zip(self.leaves, leaves, strict=True):
             self._check_output_leaf(leaf, x)
@@ -247,6 +256,7 @@ class Evaluator:
     ) -> None:
         self.f, self.layout, self.args, self.shares_casts = f, layout, args, shares_casts
         self.num_calls = 0
+        self.may_autocast = torch.amp.is_autocast_available(layout.device.type)
         # What carries tangents of forward-mode differentiation is solved without, see `ImplicitAdjoint.with_tangent`.
         self.drops_tangents = not keeps_tangents and levels.carries_tangents()
         self.autocast_dtype = torch.get_autocast_dtype(layout.device.type) if autocast_enabled(layout.device) else None
@@ -271,16 +281,22 @@ class Evaluator:
         """
         versions = versions_of(x)
         self.num_calls += 1
-        with self._autocast():
+        autocast = self._autocast()
+        if autocast is None:
             fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
+        else:
+            with autocast:
+                fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
         return primal(fx) if self.drops_tangents else fx
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any] | None:
+        """What f runs in; None for what there is."""
         device = self.layout.device
         if self.autocast_dtype is None:
-            return without_autocast(device)
+            running = self.may_autocast and torch.is_autocast_enabled(device.type)
+            return torch.autocast(device.type, enabled=False) if running else None
         cache = torch.is_autocast_cache_enabled() and (self.shares_casts or not torch.is_grad_enabled())
         return torch.autocast(device.type, dtype=self.autocast_dtype, cache_enabled=cache)
 
@@ -292,9 +308,12 @@ def primal(blocks: Blocks) -> Blocks:
 
 def versions_of(blocks: Blocks) -> list[int]:
     """How often each block has been changed in place; empty where that is not tracked."""
-    if torch.compiler.is_compiling() or any(b.is_inference() for b in blocks):
+    if torch.compiler.is_compiling():
         return []
-    return [b._version for b in blocks]
+    try:
+        return [b._version for b in blocks]
+    except RuntimeError:  # made in inference mode
+        return []
 
 
 def _check_initial_leaf(name: str, leaf: Any, batch_dims: int) -> None:

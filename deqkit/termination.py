@@ -129,17 +129,25 @@ class Patience:
         """Which samples have left the scale of their start, however patient one is."""
         return residual > self.limit
 
-    def stagnated(self, best_distance: Array) -> Array | None:
-        """Record the best distance so far, and tell which samples have made no progress; None before any could."""
+    def record(self, best_distance: Array) -> None:
+        """Enter the best distance so far."""
         self.bests.append(best_distance)
-        if len(self.bests) <= self.termination.patience:
-            return None
-        return best_distance > (1 - self.termination.min_progress) * self.bests[0]
 
-    def hopeless(self, best_distance: Array, steps_left: Array) -> Array | None:
-        """Which samples are too slow, after `stagnated` has recorded the best distance; None before any could be."""
+    @property
+    def is_running_out(self) -> bool:
+        """Whether enough has been recorded for a sample to have stagnated."""
+        return len(self.bests) > self.termination.patience
+
+    def stagnated(self) -> Array | None:
+        """Which samples have made no progress; None before any could."""
+        if not self.is_running_out:
+            return None
+        return self.bests[-1] > (1 - self.termination.min_progress) * self.bests[0]
+
+    def hopeless(self, steps_left: Array) -> Array | None:
+        """Which samples are too slow; None before any could be."""
         outlook = self.termination.outlook
         if outlook is None or len(self.bests) <= outlook:
             return None
-        pace = arrays.log(self.bests[-1 - outlook] / best_distance) / outlook
-        return arrays.log(best_distance) > 2 * pace * steps_left
+        pace = arrays.log(self.bests[-1 - outlook] / self.bests[-1]) / outlook
+        return arrays.log(self.bests[-1]) > 2 * pace * steps_left

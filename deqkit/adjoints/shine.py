@@ -33,6 +33,7 @@ from deqkit import linalg
 from deqkit.adjoints.approximate import ApproximateAdjoint, Product
 from deqkit.adjoints.base import Problem
 from deqkit.adjoints.implicit import ImplicitAdjoint
+from deqkit.arrays import Array
 from deqkit.norms import StateNorm
 from deqkit.solvers import Solver, make_solver
 from deqkit.solvers.base import require_float, require_int
@@ -108,6 +109,6 @@ class _Refinement:
         step = linalg.where(self.trusted, tuple(-b for b in self.inverse.transposed(self.r)), self.r)
         return tuple(torch.add(a, b) for a, b in zip(u, step, strict=True))
 
-    def norm(self, r: Blocks, fx: Blocks) -> tuple[Tensor, Tensor]:
+    def norm(self, r: Blocks, fx: Blocks) -> tuple[Array, Array]:
         """The loop measures each u just after it has been mapped."""
         return self.norm_of_equation(self.r, self.image)

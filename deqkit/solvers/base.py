@@ -5,15 +5,14 @@ from __future__ import annotations
 import numbers
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from deqkit import arrays
 from deqkit.arrays import Array
-from deqkit.linalg import Scaling
+from deqkit.rows import Rows
 from deqkit.state import Blocks
 
 
@@ -32,6 +31,10 @@ class Measured:
     distance: Array
     best_distance: Array
     active: Array
+
+    def select(self, rows: Rows) -> Measured:
+        """Those of some samples."""
+        return Measured(*(rows.of(a) for a in (self.residual, self.distance, self.best_distance, self.active)))
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,26 @@ class Point:
         """Which samples were still being solved, (B,), on the device of x."""
         return arrays.as_tensor(self.measured.active, self.x[0])
 
+    def select(self, rows: Rows) -> Point:
+        """The point of some samples alone; measured sizes must be on the host."""
+        x, fx, r = (rows.of_blocks(blocks) for blocks in (self.x, self.fx, self.r))
+        return replace(self, x=x, fx=fx, r=r, measured=self.measured.select(rows))
+
 
 class SolverState(Protocol):
     """What a solver remembers during one solve."""
 
     def step(self, point: Point) -> Blocks:
         """The next point to evaluate, as fresh tensors."""
+        ...
+
+
+@runtime_checkable
+class SelectableState(SolverState, Protocol):
+    """A state that can let go of samples."""
+
+    def select(self, rows: Rows) -> None:
+        """Go on with these samples alone."""
         ...
 
 
@@ -130,39 +147,50 @@ class Safeguard:
 
     Args:
         restart_factor: a sample drops its pairs when its distance exceeds this multiple of its best one.
-        num_samples: B.
-        device: of the state.
+        all_samples: true for each sample, bool (B,), on the host or on the device, where the books are to be kept.
 
     Attributes:
         usable: bool (B, n), of the n pairs stored so far; None while all are known to be.
     """
 
-    def __init__(self, restart_factor: float, num_samples: int, device: torch.device) -> None:
-        self.restart_factor, self.num_samples, self.device = restart_factor, num_samples, device
+    def __init__(self, restart_factor: float, all_samples: Array) -> None:
+        self.restart_factor, self.all_samples = restart_factor, all_samples
         self.num_pairs = 0
-        self.usable: Tensor | None = None
+        self.usable: Array | None = None
 
     def restart(self, point: Point) -> None:
         """Take away all pairs of samples that are far above their best."""
         far = point.measured.distance > self.restart_factor * point.measured.best_distance
         if not arrays.known_none(far):
-            self.usable = self._written_out() & ~arrays.as_tensor(far, point.x[0]).unsqueeze(1)
+            self.usable = self._written_out() & ~arrays.placed(far, self.all_samples)[:, None]
 
-    def admit(self, slot: int, scaling: Scaling) -> None:
-        """Enter the pair that was written to ``slot``, usable where its scaling is good."""
-        if self.usable is not None or not scaling.all_good:
+    def admit(self, slot: int, good: Array | None) -> None:
+        """Enter the pair that was written to ``slot``, usable for the samples ``good`` (B,); None for all."""
+        if self.usable is not None or good is not None:
             usable = self._written_out()
+            good = self.all_samples if good is None else arrays.placed(good, self.all_samples)
             if slot == self.num_pairs:
-                self.usable = torch.cat([usable, scaling.good.unsqueeze(1)], dim=1)
+                self.usable = arrays.with_column(usable, good)
             else:
-                self.usable = usable.clone()
-                self.usable[:, slot] = scaling.good
+                self.usable = usable = arrays.copy(usable)
+                usable[:, slot] = good
         self.num_pairs = max(self.num_pairs, slot + 1)
 
-    def _written_out(self) -> Tensor:
+    def select(self, rows: Rows) -> None:
+        """Keep the books of these samples alone."""
+        self.all_samples = rows.of(self.all_samples)
+        self.usable = None if self.usable is None else rows.of(self.usable)
+
+    def expel(self, slot: int, bad: Array) -> None:
+        """Take the pair in ``slot`` away from the samples in ``bad`` (B,)."""
+        self.usable = usable = arrays.copy(self._written_out())
+        usable[:, slot] &= ~bad
+
+    def _written_out(self) -> Array:
         if self.usable is not None:
             return self.usable
-        return torch.ones(self.num_samples, self.num_pairs, dtype=torch.bool, device=self.device)
+        # len() would fix the batch size of an exported program
+        return arrays.zeros(self.all_samples, self.all_samples.shape[0], self.num_pairs) | self.all_samples[:, None]
 
 
 def as_int(name: str, value: Any) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from deqkit import arrays, linalg
 from deqkit.arrays import Array
+from deqkit.rows import Rows
 from deqkit.solvers.base import Point
 from deqkit.solvers.multisecant import Formula, MultisecantState
 from deqkit.state import Blocks
@@ -62,11 +63,20 @@ class LineSearchState(MultisecantState):
         mask = arrays.as_tensor(accepted, point.x[0])
         x, r = linalg.where(mask, point.x, base.x), linalg.where(mask, point.r, base.r)
         self.last, self.last_plain = replace(point, x=x, r=r), linalg.where(mask, plain, self.last_plain)
-        proposed = self.move.subtract_combination(self.last_plain, self._coefficients(self.last))
+        right = self._small(self.left.dot(self.last.r))
+        proposed = self.move.subtract_combination(self.last_plain, self._coefficients(right, x[0]))
         step = tuple(torch.sub(a, b) for a, b in zip(proposed, x, strict=True))
         shorter = (_SHRINK * tried / linalg.norm(step)).clamp(max=1.0).to(step[0].dtype)
         short = tuple(torch.add(a, b) for a, b in zip(x, linalg.scale(step, shorter), strict=True))
         return linalg.where(mask, proposed, short)
+
+    def select(self, rows: Rows) -> None:
+        """Go on with these samples alone."""
+        super().select(rows)
+        if self.last is None:
+            return
+        self.residuals = [rows.of(residual) for residual in self.residuals]
+        self.taken_back = rows.of(self.taken_back)
 
     def _accept(self, residual: Array) -> Array:
         """Whether a sample moves on from the point with this residual; enters it if so."""

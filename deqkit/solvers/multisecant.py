@@ -20,8 +20,9 @@ Deliberate deviations:
   entries of order one, a ridge is relative to its trace, and old, large differences do not drown new, small ones.
 * One row and one column of M are computed per step, when the pair is the newest: which of two pairs is the older
   never changes. The m by m system is solved in float64.
-* Each sample has a safeguard of its own: a pair that is no use (nothing changed, or not finite) is skipped, a solve
-  that fails falls back to the plain step, and a distance far above the best one seen clears that sample's history.
+* Each sample has a safeguard of its own: a pair that is no use (nothing changed, not finite, or dependent on the others
+  but for rounding) is skipped, a solve that fails falls back to the plain step, and a distance far above the best one
+  seen clears that sample's history.
 * Dropping the oldest pair leaves exactly the method that the remaining pairs define.
 
 Legend: B samples, m history, n <= m columns in use.
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from deqkit import arrays, linalg, small_systems
 from deqkit.arrays import Array
+from deqkit.rows import Rows
 from deqkit.solvers.base import Point, Safeguard
 from deqkit.solvers.inverse_jacobian import InverseJacobian
 from deqkit.state import Blocks
@@ -67,18 +69,19 @@ class Formula:
 class _Resting:
     """What one slot holds of samples that have ended, ``mask`` (B,)."""
 
-    mask: Tensor
+    mask: Array
     left: Blocks
     move: Blocks
-    row: Tensor  # of M, (B, n)
-    column: Tensor
-    good: Tensor  # whether the pair is usable, (B,)
+    row: Array  # of M, (B, n)
+    column: Array
+    good: Array  # whether the pair is usable, (B,)
 
 
 class MultisecantState:
     """The last point, and the ring of scaled pairs with the small system that they make.
 
-    A state that records leaves the pairs of samples that have ended as they are.
+    What is small is kept on the host where it is free to look and nothing is differentiated. A state that records
+    leaves the pairs of samples that have ended as they are.
     """
 
     def __init__(self, formula: Formula, *, recording: bool = False) -> None:
@@ -87,22 +90,36 @@ class MultisecantState:
         self.last_plain: Blocks = ()
         self.left = linalg.History(formula.history)  # W
         self.move = linalg.History(formula.history)  # S + beta Y
-        self.system: Tensor  # M, (B, m, m), with the ridge; zero between a pair that is usable and one that is not
+        self.on_host: bool
+        self.system: Array  # M, (B, m, m), with the ridge; zero between a pair that is usable and one that is not
+        self.inverse: small_systems.BorderedInverse | None  # of M, until a pair is dropped
         self.ridge: float
         self.safeguard: Safeguard
 
     def step(self, point: Point) -> Blocks:
         """The next point."""
         plain = self._plain(point)
-        if self.last is None:
+        last, self.last = self.last, point
+        if last is None:
             self._allocate(point)
-        else:
-            self.safeguard.restart(point)
-            self._remember(point, plain, self.last)
-        self.last, self.last_plain = point, plain
-        if self.left.count == 0:
+            self.last_plain = plain
             return plain
-        return self.move.subtract_combination(plain, self._coefficients(point))
+        self.safeguard.restart(point)
+        right = self._remember(point, plain, last)
+        self.last_plain = plain
+        return self.move.subtract_combination(plain, self._coefficients(right, point.x[0]))
+
+    def select(self, rows: Rows) -> None:
+        """Go on with these samples alone."""
+        if self.last is None:
+            return
+        self.last, self.last_plain = self.last.select(rows), rows.of_blocks(self.last_plain)
+        for history in (self.left, self.move):
+            history.select(rows.on_device)
+        self.safeguard.select(rows)
+        self.system = rows.of(self.system)
+        if self.inverse is not None:
+            self.inverse.select(rows.on_host if self.on_host else rows.on_device)
 
     def conclude(self, point: Point) -> InverseJacobian:
         """The inverse Jacobian, with the pair that ends at the last point."""
@@ -116,7 +133,8 @@ class MultisecantState:
         if usable is None:
             usable = torch.ones(x.shape[0], n, dtype=torch.bool, device=x.device)
         mixing = torch.full((), self.formula.mixing, dtype=x.dtype, device=x.device)
-        return InverseJacobian(self.left.columns(), self.move.columns(), self.system[:, :n, :n], usable, mixing)
+        system, usable = (arrays.as_tensor(a, x) for a in (self.system[:, :n, :n], usable))
+        return InverseJacobian(self.left.columns(), self.move.columns(), system, usable, mixing)
 
     def _plain(self, point: Point) -> Blocks:
         """The step without history, x + beta r."""
@@ -126,29 +144,47 @@ class MultisecantState:
         return tuple(x.add(r, alpha=beta) for x, r in zip(point.x, point.r, strict=True))
 
     def _allocate(self, point: Point) -> None:
-        x = point.x[0]
-        self.system = torch.zeros(x.shape[0], 0, 0, dtype=linalg.small_dtype(x.device), device=x.device)
-        ridge = self.formula.ridge
-        self.ridge = 10 * torch.finfo(x.dtype).eps if ridge is None else ridge
-        self.safeguard = Safeguard(self.formula.restart_factor, x.shape[0], x.device)
+        x, formula = point.x[0], self.formula
+        self.on_host = arrays.free_to_look(x.device) and not torch.is_grad_enabled()
+        samples = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        self.safeguard = Safeguard(formula.restart_factor, arrays.to_host(samples) if self.on_host else samples)
+        self.system = self._small(x.new_zeros(x.shape[0], 0, 0))
+        resolution = torch.finfo(x.dtype).eps
+        self.ridge = 10 * resolution if formula.ridge is None else formula.ridge
+        self.inverse = None
+        if self.on_host or not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self.inverse = small_systems.BorderedInverse(
+                positive_definite=self._symmetric, resolution=resolution, limit=formula.history
+            )
 
-    def _remember(self, point: Point, plain: Blocks, last: Point) -> None:
+    def _small(self, values: Tensor) -> Array:
+        """What goes into the small systems, in their precision and where they are kept."""
+        values = values.to(linalg.small_dtype(values.device))
+        return arrays.to_host(values) if self.on_host else values
+
+    def _remember(self, point: Point, plain: Blocks, last: Point) -> Array:
+        """Enter the pair from ``last`` to ``point``; returns W^T r of the latter, (B, n)."""
         slot = self.left.next_slot
         resting = self._resting(slot, point) if self.recording else None
         y = tuple(torch.sub(a, b) for a, b in zip(point.r, last.r, strict=True))
         move = tuple(torch.sub(a, b) for a, b in zip(plain, self.last_plain, strict=True))
         if self.formula.left == "Y":
-            left, scaling = y, linalg.unit_scaling(y, point.active if self.recording else None)
+            left, allowed = y, None
         else:
             left = tuple(torch.sub(a, b) for a, b in zip(point.x, last.x, strict=True))
-            finite = point.residual < torch.inf
-            scaling = linalg.unit_scaling(left, finite & point.active if self.recording else finite)
+            allowed = point.measured.residual < torch.inf
+        if self.recording:
+            active = point.measured.active
+            allowed = active if allowed is None else allowed & active
+        scaling = linalg.unit_scaling(left, allowed)
         left = self.left.push(left, scaling)
         self.move.push(move, scaling)
-        self.safeguard.admit(slot, scaling)
-        self._extend_system(slot, left, y, scaling)
+        self.safeguard.admit(slot, scaling.good)
+        products = self._small(self.left.dots(left if self.formula.left == "Y" else y, point.r))
+        self._extend_system(slot, left, products[:, 0], scaling)
         if resting is not None:
             self._put_back(slot, resting)
+        return products[:, 1]
 
     def _resting(self, slot: int, point: Point) -> _Resting | None:
         """What is in ``slot``, if it is about to be overwritten although it belongs to samples that have ended."""
@@ -156,58 +192,87 @@ class MultisecantState:
             return None
         columns = tuple(tuple(b.clone() for b in history.column(slot)) for history in (self.left, self.move))
         n, usable = self.left.num_columns, self.safeguard.usable
-        row, column = self.system[:, slot, :n].clone(), self.system[:, :n, slot].clone()
-        good = torch.ones_like(point.active) if usable is None else usable[:, slot].clone()
-        return _Resting(~point.active, columns[0], columns[1], row, column, good)
+        row, column = arrays.copy(self.system[:, slot, :n]), arrays.copy(self.system[:, :n, slot])
+        good = self.safeguard.all_samples if usable is None else arrays.copy(usable[:, slot])
+        return _Resting(~arrays.placed(point.measured.active, good), columns[0], columns[1], row, column, good)
 
     def _put_back(self, slot: int, resting: _Resting) -> None:
         mask, n = resting.mask, self.left.num_columns
+        rows = arrays.as_tensor(mask, resting.left[0]).unsqueeze(1)
         for history, old in ((self.left, resting.left), (self.move, resting.move)):
             for now, then in zip(history.column(slot), old, strict=True):
-                now.copy_(torch.where(mask.unsqueeze(1), then, now))
-        row = torch.where(mask.unsqueeze(1), resting.row, self.system[:, slot, :n])
-        column = torch.where(mask.unsqueeze(1), resting.column, self.system[:, :n, slot])
+                now.copy_(torch.where(rows, then, now))
+        row = arrays.where(mask[:, None], resting.row, self.system[:, slot, :n])
+        column = arrays.where(mask[:, None], resting.column, self.system[:, :n, slot])
         self.system = linalg.write_column(linalg.write_row(self.system, slot, row), slot, column)
         if self.safeguard.usable is not None:
-            self.safeguard.usable[:, slot] = torch.where(mask, resting.good, self.safeguard.usable[:, slot])
+            self.safeguard.usable[:, slot] = arrays.where(mask, resting.good, self.safeguard.usable[:, slot])
 
-    def _extend_system(self, slot: int, left: Blocks, y: Blocks, scaling: linalg.Scaling) -> None:
-        """Write the row and the column of M that belong to the newest pair."""
-        formula, n, dtype = self.formula, self.left.num_columns, self.system.dtype
+    def _extend_system(self, slot: int, left: Blocks, column: Array, scaling: linalg.Scaling) -> None:
+        """Write the row and the column of M that belong to the newest pair.
+
+        Args:
+            slot: its place.
+            left: its vector in W.
+            column: W^T times its residual difference, (B, n), scaled where that is the vector in W.
+            scaling: of the pair.
+        """
+        formula, n = self.formula, self.left.num_columns
         if formula.left == "Y":
-            column = self.left.dot(left).to(dtype)
-            row = torch.zeros_like(column) if formula.triangular else column
+            row = 0 * column if formula.triangular else column
         else:
-            column = self.left.dot(y).to(dtype) * scaling.factor.unsqueeze(1)
-            row = self.move.dot(left).to(dtype)  # s^T S + beta s^T Y: what Broyden's form asks for
+            column = column * self._small(scaling.factor)
+            row = self._small(self.move.dot(left))  # s^T S + beta s^T Y: what Broyden's form asks for
             if not formula.triangular:
-                row = (row - self.left.dot(left).to(dtype)) / formula.mixing
+                row = (row - self._small(self.left.dot(left))) / formula.mixing
         if self.safeguard.usable is not None:
-            pairs = self.safeguard.usable & scaling.good.unsqueeze(1)
-            unit = torch.arange(n, device=column.device) == slot
-            row, column = torch.where(pairs, row, 0.0), torch.where(pairs, column, unit.to(dtype))
+            row, column = _decoupled(self.safeguard.usable & self.safeguard.usable[:, slot, None], slot, row, column)
+        if self.ridge:
+            column = arrays.copy(column)
+            column[:, slot] += self.ridge
+        if self.left.count > formula.history:
+            self.inverse = None
+        if self.inverse is not None:
+            good = self.inverse.append(row, column)
+            if not arrays.known_all(good):
+                self.safeguard.expel(slot, ~good)
+                row, column = _decoupled(good[:, None], slot, row, column)
         self.system = linalg.grown(self.system, n, formula.history)
         self.system = linalg.write_column(linalg.write_row(self.system, slot, row), slot, column)
-        if self.ridge:
-            self.system[:, slot, slot].add_(self.ridge)
 
-    def _coefficients(self, point: Point) -> Tensor:
-        """M^-1 W^T r, (B, n): zero for columns that are not usable, and for samples whose small system fails."""
+    def _coefficients(self, right: Array, like: Tensor) -> Tensor:
+        """M^-1 W^T r, (B, n): zero for columns that are not usable, and for samples whose small system fails.
+
+        Args:
+            right: W^T r, (B, n).
+            like: of the dtype of the state.
+        """
         n = self.left.num_columns
-        right = self.left.dot(point.r).to(self.system.dtype)
         if self.safeguard.usable is not None:
-            right = torch.where(self.safeguard.usable, right, 0.0)
-        return _where_solved(*small_systems.solve(self.system[:, :n, :n], right, positive_definite=self._symmetric))
+            right = arrays.where(self.safeguard.usable, right, 0.0)
+        if self.inverse is not None:
+            gamma = _where_solved(self.inverse.solve(right))
+        else:
+            system, right = (arrays.as_tensor(a, like) for a in (self.system[:, :n, :n], right))
+            gamma = _where_solved(*small_systems.solve(system, right, positive_definite=self._symmetric))
+        return arrays.as_tensor(gamma, like).to(like.dtype)
 
     @property
     def _symmetric(self) -> bool:
         return self.formula.left == "Y" and not self.formula.triangular
 
 
-def _where_solved(gamma: Tensor, info: Tensor) -> Tensor:
-    """The solutions (B, n) of the small systems, and zero where there is none."""
-    seen: tuple[Array, Array] = (gamma, info)
-    if arrays.free_to_look(gamma.device):
-        seen = arrays.to_host(gamma), arrays.to_host(info)
-    solved = (seen[1] == 0) & (abs(seen[0]) < torch.inf).all(1)
-    return gamma if arrays.known_all(solved) else torch.where(arrays.as_tensor(solved, gamma).unsqueeze(1), gamma, 0.0)
+def _decoupled(pairs: Array, slot: int, row: Array, column: Array) -> tuple[Array, Array]:
+    """Row and column of M in ``slot``, those of the identity where ``pairs`` (B, n or 1) does not hold."""
+    unit = arrays.indices(column[0]) == slot
+    return arrays.where(pairs, row, 0.0), arrays.where(pairs, column, 1.0 * unit)
+
+
+def _where_solved(gamma: Array, info: Array = None) -> Array:
+    """The solutions (B, n) of the small systems, and zero where there is none: not finite, or a status but zero."""
+    if isinstance(gamma, Tensor) and arrays.free_to_look(gamma.device) and not torch.is_grad_enabled():
+        gamma, info = arrays.to_host(gamma), None if info is None else arrays.to_host(info)
+    solved = abs(gamma) < torch.inf
+    if info is not None:
+        solved = solved & (info == 0)[:, None]
+    return gamma if arrays.known_all(solved) else arrays.where(solved.all(1)[:, None], gamma, 0.0)
