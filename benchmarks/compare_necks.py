@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -97,6 +97,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     return {k: v for k, v in vars(args).items() if k not in ("detectors", "necks", "seeds", "out")}
 
 
+def quiet_lightning() -> None:
+    """Leave out what Lightning says about its own settings; its errors still come through."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+
+
 def make_data(args: argparse.Namespace, seed: int) -> CocoDataModule:
     root = args.out / "data"
     drawn = SyntheticSettings(args.train_images, args.val_images, 2 * args.image_size, seed=0)
@@ -106,8 +113,19 @@ def make_data(args: argparse.Namespace, seed: int) -> CocoDataModule:
     return data
 
 
-def train(args: argparse.Namespace, detector: str, neck: str, seed: int) -> Row:
-    data = make_data(args, seed)
+def fit(
+    args: argparse.Namespace,
+    detector: str,
+    neck: str,
+    seed: int,
+    data: CocoDataModule,
+    prepare: Callable[[DetectionModule], object] = lambda module: None,
+) -> tuple[DetectionModule, StepTimer]:
+    """A detector trained from random weights, which ``prepare`` may change, and what its steps took.
+
+    Raises:
+        KeyboardInterrupt: it was stopped before the end.
+    """
     L.seed_everything(seed, verbose=False)
     config = DetectorConfig(
         data.num_classes, neck, detector, args.backbone, args.channels,
@@ -115,16 +133,29 @@ def train(args: argparse.Namespace, detector: str, neck: str, seed: int) -> Row:
         options=FEW_PROPOSALS if detector == "fasterrcnn" else {},
     )  # fmt: skip
     schedule = Schedule(args.steps, lr=args.lr, warmup_steps=min(100, max(1, args.steps // 10)), seed=seed)
-    module = DetectionModule(config, schedule)
-    val = data.val_dataset
-    evaluation = CocoEvaluation(val.ground_truth(), val.category_of_label)
-    figures, timer = SolverFigures(), StepTimer()
+    module, timer = DetectionModule(config, schedule), StepTimer()
+    prepare(module)
     trainer = L.Trainer(
         accelerator=args.device, devices=1, max_steps=args.steps, gradient_clip_val=10.0, num_sanity_val_steps=0,
         limit_val_batches=0, reload_dataloaders_every_n_epochs=1, logger=False, enable_checkpointing=False,
         enable_model_summary=False, callbacks=[timer, TQDMProgressBar(refresh_rate=20, leave=False)],
     )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:  # Lightning's way to end on Ctrl-C
+        if not trainer.interrupted:
+            raise
+    if trainer.interrupted:  # what there is by then must not pass for trained
+        raise KeyboardInterrupt
+    return module, timer
+
+
+def train(args: argparse.Namespace, detector: str, neck: str, seed: int) -> Row:
+    data = make_data(args, seed)
+    module, timer = fit(args, detector, neck, seed, data)
+    val = data.val_dataset
+    evaluation = CocoEvaluation(val.ground_truth(), val.category_of_label)
+    figures = SolverFigures()
     judge = L.Trainer(
         accelerator=args.device, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[evaluation, figures],
@@ -184,9 +215,7 @@ def spread(values: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse_arguments(argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    quiet_lightning()
     record = run_record(torch.device(args.device), None, settings_of(args))
     print(describe(record), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

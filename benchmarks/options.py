@@ -9,11 +9,10 @@ from dataclasses import dataclass, fields
 
 import deqkit
 
-SOLVERS: dict[str, type[deqkit.Solver]] = {
-    cls.name: cls for cls in (deqkit.FixedPointIteration, deqkit.Anderson, deqkit.Broyden)
-}
-# Those that a detector may use besides.
-_OTHERS: dict[str, type[deqkit.Solver]] = {cls.name: cls for cls in (deqkit.NewtonKrylov, deqkit.GMRES, deqkit.Auto)}
+DEFAULTS = (deqkit.FixedPointIteration, deqkit.Anderson, deqkit.Broyden)
+_OTHERS = (deqkit.NewtonKrylov, deqkit.ReversibleIteration, deqkit.Auto)
+_FOR_AFFINE = (deqkit.GMRES, deqkit.BiCGSTAB)
+SOLVERS: dict[str, type[deqkit.Solver]] = {cls.name: cls for cls in (*DEFAULTS, *_OTHERS, *_FOR_AFFINE)}
 
 
 @dataclass(frozen=True)
@@ -24,31 +23,42 @@ class NamedSolver:
     solver: deqkit.Solver
 
 
+UNROLL = "unroll"
+# Plain steps of an i-FPN neck, without a look at the residual at the end: no solver of deqkit.
+UNROLLED = NamedSolver(UNROLL, deqkit.FixedPointIteration())
+
+
 def default_solvers() -> list[NamedSolver]:
-    """Every solver with its default settings."""
-    return [NamedSolver(name, cls()) for name, cls in SOLVERS.items()]
+    """Those that are measured unless others are asked for, with their default settings."""
+    return [NamedSolver(cls.name, cls()) for cls in DEFAULTS]
 
 
 def named(solver: str | deqkit.Solver) -> NamedSolver:
     """A solver under the words that `parse_solver` would take for it."""
     if isinstance(solver, str):
-        if solver not in SOLVERS | _OTHERS:
+        if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}")
-        return NamedSolver(solver, (SOLVERS | _OTHERS)[solver]())
+        return NamedSolver(solver, SOLVERS[solver]())
     values = ((field, getattr(solver, field.name)) for field in fields(solver))
     changed = ",".join(f"{field.name}={value}" for field, value in values if value != field.default)
     return NamedSolver(f"{solver.name}:{changed}" if changed else solver.name, solver)
 
 
-def parse_solver(text: str) -> NamedSolver:
+def parse_solver(text: str, *, affine: bool = False) -> NamedSolver:
     """A solver from ``NAME`` or ``NAME:setting=value,setting=value``.
+
+    Args:
+        text: the words.
+        affine: whether solvers are accepted that solve equations affine in x and no others.
 
     Raises:
         argparse.ArgumentTypeError: an unknown name or setting, or a value that the solver refuses.
     """
     name, _, rest = text.partition(":")
-    if name not in SOLVERS:
-        raise argparse.ArgumentTypeError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
+    accepted = [key for key, cls in SOLVERS.items() if affine or not cls.for_affine]
+    if name not in accepted:
+        reason = f"{name} solves equations affine in x alone" if name in SOLVERS else f"unknown solver {name!r}"
+        raise argparse.ArgumentTypeError(f"{reason}: choose from {', '.join(accepted)}")
     known = [field.name for field in fields(SOLVERS[name])]
     settings = {}
     for item in filter(None, rest.split(",")):

@@ -1,20 +1,19 @@
-"""How accurate is a fixed point after k solver steps, and what does it cost?
+"""How accurate is a fixed point after k solver steps, what does it cost, and how many steps does i-FPN need?
 
-Without arguments: solves problems whose solution is known with every solver and every number of steps, and writes a
-table, a CSV and a plot of the true error, the residual and the time. A few minutes on two CPU cores.
+First, problems whose solution is known, with every solver and every number of steps: the true error, the residual and
+the time. Then a detector with the i-FPN neck: besides these its AP, against that with the pyramid at rest. The detector
+is a small one, trained by the first run and kept; --detector takes another. Each part ends in a table, a CSV, a JSON
+and a picture. About ten minutes on two CPU cores, half of them for the training, which later runs do without.
 
     python benchmarks/solver_iters.py
-    python benchmarks/solver_iters.py --problem linear --solver anderson:history=20 --steps 0-20,30,50
-
-With --detector: how many steps does the i-FPN neck of a trained detector need? Evaluates the checkpoint with growing
-numbers of steps.
-
-    python benchmarks/solver_iters.py --detector runs/retinanet_ifpn/ifpn/checkpoints/best.ckpt
+    python benchmarks/solver_iters.py --only problems --problem linear --solver gmres --steps 0-20,30,50
+    python benchmarks/solver_iters.py --only detector --detector model.ckpt --data path/to/coco --steps 0-10
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,12 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 import torch
 from measure import Row, measure, num_solves
-from options import NamedSolver, default_solvers, named, parse_solver, parse_steps
-from plots import plot_accuracy, plot_detector
+from options import SOLVERS, UNROLL, UNROLLED, NamedSolver, default_solvers, named, parse_solver, parse_steps
+from plots import plot_accuracy
 from problems import PROBLEMS, Problem, ProblemError, build
 from reporting import DetectorError, describe, format_table, run_record, write_csv, write_json
 from tqdm import tqdm
 
+import deqkit
+
+CACHE = Path("runs/small_detector")
+MIXING = 2.0
+AFFINE = ("linear", "linear_symmetric", "mixed")  # of the problems
+OF_PROBLEMS, OF_DETECTOR = ("problem", "repeats", "dtype"), ("detector", "data", "images", "retrain", "cache", "mixing")
 TABLE_STEPS = (1, 2, 3, 5, 7, 10, 15, 20)
 THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4)
 COLUMNS = {"error, median": "error_median", "error, worst": "error_worst", "residual, median": "residual_median"}
@@ -43,11 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(parser, args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    parts = {"problems": run_problems, "detector": run_detector}
     try:
-        return run_detector(args) if args.detector else run_microproblems(args)
+        codes = [run(args) for name, run in parts.items() if args.only in (None, name)]
     except (ProblemError, DetectorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped: what is written is whole, and a detector that was trained is kept", file=sys.stderr)
+        return 130
+    return max(codes)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -55,26 +65,45 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     folder = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         parser.error(f"--out: cannot write to {folder}")
-    if args.detector is None:
-        for name in ("data", "images"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} belongs to --detector")
-        return
-    for name in ("problem", "quick", "repeats", "seed", "dtype"):
-        if getattr(args, name) not in (None, False):
-            parser.error(f"--{name} does not go with --detector")
-    if not args.detector.is_file():
-        parser.error(f"--detector: checkpoint {args.detector} does not exist")
-    if args.steps and args.steps[0] == 0:
-        parser.error("--steps: the neck of a detector needs at least one step; with none its pyramid is zero")
+    for part, names in (("detector", OF_PROBLEMS), ("problems", OF_DETECTOR)):
+        for name in names:
+            if args.only == part and getattr(args, name) not in (None, False):
+                parser.error(f"--{name} does not go with --only {part}")
+    if args.detector is None and args.data is not None:
+        parser.error("--data belongs to --detector: the small detector has images of its own")
+    if args.detector is not None:
+        for name in ("retrain", "cache", "mixing"):
+            if getattr(args, name) not in (None, False):
+                parser.error(f"--{name} does not go with --detector: it is about the small one that is trained here")
+        for name in ("quick", "seed"):
+            if args.only == "detector" and getattr(args, name) not in (None, False):
+                parser.error(f"--{name} does not go with --only detector and --detector")
+        if not args.detector.is_file():
+            parser.error(f"--detector: checkpoint {args.detector} does not exist")
+    check_solvers(parser, args)
 
 
-def run_microproblems(args: argparse.Namespace) -> int:
+def check_solvers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse solvers that cannot solve what is asked for."""
+    for named_solver in args.solver:
+        label, problems = named_solver.label, args.problem or PROBLEMS
+        if named_solver.solver.for_affine:
+            others = [name for name in problems if name not in AFFINE]
+            if args.only != "problems" or others:
+                what = "i-FPN's G is not" if args.only != "problems" else f"{', '.join(others)} are not"
+                choice = " ".join(f"--problem {name}" for name in AFFINE)
+                parser.error(f"--solver {label} solves equations affine in x alone, {what}: --only problems {choice}")
+        if label == UNROLL and args.only == "problems":
+            parser.error(f"--solver {UNROLL} is the neck's: on problems it is fixed_point")
+
+
+def run_problems(args: argparse.Namespace) -> int:
     """Measure the problems asked for, print the tables, write the files."""
     names = list(dict.fromkeys(args.problem or PROBLEMS))
     seed, dtype_name = args.seed or 0, args.dtype or "float32"
-    solvers = _distinct([*default_solvers(), *args.solver])
+    solvers = _distinct([s for s in args.solver if s.label != UNROLL] or default_solvers())
     steps = args.steps or parse_steps("0-10,15,20" if args.quick else "0-20")
+    say_what_auto_does(solvers)
     repeats = args.repeats or (1 if args.quick else 3)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
     record = run_record(
@@ -116,31 +145,72 @@ def run_microproblems(args: argparse.Namespace) -> int:
 def run_detector(args: argparse.Namespace) -> int:
     """Evaluate a trained detector with growing numbers of steps, print the table and the answer, write the files."""
     try:
+        import detector_report as report
         import detector_steps
+        from detector_plot import plot_detector
     except ImportError as error:
-        raise DetectorError(f"--detector needs the detection extra: {error}") from error
+        raise DetectorError(f"the detector needs the detection extra: {error}") from error
 
-    detector = detector_steps.load(args.detector, args.data, args.images, args.device)
-    solvers = _distinct(args.solver or [named(detector.neck.solver)])
-    steps = args.steps or list(TABLE_STEPS)
-    settings = {"checkpoint": str(args.detector), "data": str(detector.data_root), "images": detector.num_images}
+    checkpoint, data = args.detector, args.data
+    if checkpoint is None:
+        checkpoint, data = trained_here(args)
+    detector = detector_steps.load(checkpoint, data, args.images, args.device)
+    solvers = _distinct(args.solver or default_solvers_of(detector.neck.solver))
+    steps = args.steps or parse_steps("0-2,7,15" if args.quick else "0-20")
+    say_what_auto_does(solvers)
+    settings = {"checkpoint": str(checkpoint), "data": str(detector.data_root), "images": detector.num_images}
     settings |= {"solvers": [s.label for s in solvers], "steps": steps, "neck": repr(detector.neck.settings)}
-    record = run_record(torch.device(args.device), None, settings)
+    settings |= {"detector": detector.title, "trained": detector.trained}
+    record = run_record(torch.device(args.device), detector.trained.get("seed"), settings)
     print(describe(record))
-    print(f"{detector.num_images} images of {detector.data_root}; residuals are those of the neck's own norm\n")
-    with tqdm(total=detector.num_batches * (1 + len(solvers) * len(steps)), unit="batch", disable=None) as bar:
+    print(f"{detector.title}, {detector.num_images} images of {detector.data_root}\n")
+    total = detector.num_batches * detector_steps.num_cases(solvers, steps)
+    with tqdm(total=total, unit="batch", disable=None) as bar:
         rows = detector_steps.sweep(detector, solvers, steps, bar.update)
-    print(detector_steps.detector_table(rows))
-    answers = [detector_steps.answer(rows, named_solver.label) for named_solver in solvers]
-    print("\n" + "\n".join(answers))
-    record["answers"] = answers
+    radii = detector_steps.spectral_radii(detector)
+    print(report.detector_table(rows))
+    remarks = [report.contraction(radii), *filter(None, [report.not_at_rest(rows)])]
+    answers = [report.answer(rows, named_solver.label) for named_solver in solvers]
+    paper = [report.beside_the_paper(rows, named_solver.label) for named_solver in solvers]
+    print("\n".join(["", *remarks, "", "How many steps does i-FPN need?", *answers, *filter(None, paper)]))
+    record |= {"spectral_radii": radii.tolist(), "answers": answers}
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "detector.csv", rows)
     write_json(args.out / "detector.json", record)
-    title = f"{args.detector.name}: {detector.num_images} images"
-    plot_detector(args.out / "detector.png", rows, title)
+    plot_detector(args.out / "detector.png", rows, f"{detector.title}; {detector.num_images} images", radii)
     print(f"\nwritten: {args.out}/detector.csv, .json, .png")
     return 0
+
+
+def trained_here(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The small detector's checkpoint and its images."""
+    from small_detector import small_detector
+
+    from adapters.detection.data import DataError
+
+    try:
+        path = small_detector(
+            args.cache or CACHE, args.device, seed=args.seed or 0, mixing=args.mixing or MIXING, quick=args.quick,
+            retrain=args.retrain,
+        )  # fmt: skip
+    except (DataError, OSError) as error:
+        raise DetectorError(str(error)) from error
+    return path, path.parent / "data"
+
+
+def default_solvers_of(own: str | deqkit.Solver) -> list[NamedSolver]:
+    """The default ones, but in place of one of them the neck's own, where they differ in settings alone."""
+    mine = named(own)
+    others = [s for s in default_solvers() if s.solver.name != mine.solver.name]
+    return sorted([*others, mine], key=lambda s: list(SOLVERS).index(s.solver.name))
+
+
+def say_what_auto_does(solvers: Sequence[NamedSolver]) -> None:
+    """It is another solver here, which the rows do not tell."""
+    for named_solver in solvers:
+        if isinstance(named_solver.solver, deqkit.Auto):
+            first = named_solver.solver.solvers[0]
+            print(f"{named_solver.label}: in a fixed number of steps it stays with its first solver, {first}")
 
 
 def print_report(problems: Sequence[Problem], rows: Sequence[Row], steps: Sequence[int]) -> None:
@@ -195,22 +265,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--only", choices=("problems", "detector"), help="run one part alone (default: both)")
     parser.add_argument(
-        "--solver", type=parse_solver, action="append", default=[], metavar="NAME[:SETTING=VALUE,...]",
-        help="one more solver beside the three with their defaults, such as anderson:history=20; with --detector: "
-        "instead of the neck's own; repeatable",
+        "--solver", type=_solver, action="append", default=[], metavar="NAME[:SETTING=VALUE,...]",
+        help=f"measure this one, such as anderson:history=20; repeatable; one of {', '.join(SOLVERS)}, and for the "
+        f"detector {UNROLL}, its neck's plain steps (default: {', '.join(s.label for s in default_solvers())}, for the "
+        "detector with the settings of its neck)",
     )  # fmt: skip
     parser.add_argument(
         "--problem", choices=list(PROBLEMS), action="append", metavar="NAME",
         help=f"only this problem; repeatable; one of {', '.join(PROBLEMS)}",
     )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=parse_steps, metavar="LIST",
-        help="step counts, as 0-20,30,50 (default: 0-20; with --detector: 1,2,3,5,7,10,15,20)",
-    )  # fmt: skip
+    parser.add_argument("--steps", type=parse_steps, metavar="LIST", help="step counts, as 0-20,30,50 (default: 0-20)")
     parser.add_argument("--repeats", type=_positive_int, metavar="N", help="rounds of timing (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="small problems, one round of timing: seconds, for tests")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the problems (default: 0)")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="small problems, one round of timing, a detector that has learnt nothing: seconds, for tests",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the problems and the training (default: 0)")
     parser.add_argument("--dtype", choices=DTYPES, help="working dtype of f (default: float32)")
     parser.add_argument("--device", type=_device, default="cpu", help="where f runs: cpu, cuda, ... (default: cpu)")
     parser.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
@@ -220,13 +292,44 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--detector", type=Path, metavar="CHECKPOINT",
-        help="measure AP against solver steps of this detector, trained by examples/retinanet_ifpn.py",
+        help="a detector with the i-FPN neck, trained by examples/retinanet_ifpn.py or python -m adapters.detection "
+        "(default: a small one that is trained here)",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="ROOT", help="COCO-layout folder to evaluate on (default: the one trained on)"
+        "--data", type=Path, metavar="ROOT",
+        help="COCO-layout folder to evaluate --detector on (default: the one trained on)",
+    )  # fmt: skip
+    parser.add_argument("--images", type=_positive_int, metavar="N", help="the first N images only, for the detector")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help=f"where the small detector is kept (default: {CACHE})"
     )
-    parser.add_argument("--images", type=_positive_int, metavar="N", help="with --detector: the first N images only")
+    parser.add_argument(
+        "--mixing", type=_positive_float, metavar="FACTOR",
+        help="of the random weights that G of the small detector mixes its channels and levels with, before training "
+        f"(default: {MIXING:g}, which makes its 64 channels mix as strongly as the paper's 256)",
+    )  # fmt: skip
+    parser.add_argument("--retrain", action="store_true", help="train the small detector anew")
     return parser
+
+
+def _solver(text: str) -> NamedSolver:
+    return UNROLLED if text == UNROLL else parse_solver(text, affine=True)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # NumPy's limit
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**32 - 1")
+    return int(text)
 
 
 def _positive_int(text: str) -> int:
