@@ -64,13 +64,15 @@ def _steps(count: int | None) -> str:
     return "1 step is" if count == 1 else f"{count} steps are"
 
 
-def beside_the_paper(rows: Sequence[DetectorRow], label: str) -> str | None:
+def beside_the_paper(rows: Sequence[DetectorRow]) -> str | None:
     """AP at the numbers of steps that the paper finds to give the same; None where they were not measured."""
-    found = {row.steps: row for row in rows_of(rows, label)}
-    few, many = (found.get(k) for k in PAPER)
-    if few is None or many is None or few.ap is None or many.ap is None:
-        return None
-    return f"{label}: AP {100 * few.ap:.2f} with {few.steps} steps, {100 * many.ap:.2f} with {many.steps}"
+    few, many = ({row.solver: row.ap for row in rows if row.steps == k and row.ap is not None} for k in PAPER)
+    both = [f"{label} {100 * few[label]:.2f} and {100 * many[label]:.2f}" for label in few if label in many]
+    return (
+        f"AP with {PAPER[0]} and {PAPER[1]} steps, the paper's at test and in training: {'; '.join(both)}"
+        if both
+        else None
+    )
 
 
 def contraction(radii: Tensor) -> str:

@@ -171,8 +171,8 @@ def run_detector(args: argparse.Namespace) -> int:
     print(report.detector_table(rows))
     remarks = [report.contraction(radii), *filter(None, [report.not_at_rest(rows)])]
     answers = [report.answer(rows, named_solver.label) for named_solver in solvers]
-    paper = [report.beside_the_paper(rows, named_solver.label) for named_solver in solvers]
-    print("\n".join(["", *remarks, "", "How many steps does i-FPN need?", *answers, *filter(None, paper)]))
+    answers += filter(None, [report.beside_the_paper(rows)])
+    print("\n".join(["", *remarks, "", "How many steps does i-FPN need?", *answers]))
     record |= {"spectral_radii": radii.tolist(), "answers": answers}
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "detector.csv", rows)

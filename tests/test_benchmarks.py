@@ -26,7 +26,7 @@ def modules():
     """The benchmarks' modules; they are scripts beside each other and no package."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("problems", "options", "measure", "detector_steps", "solver_iters", "warm_start", "stability")
+        names = ("problems", "options", "measure", "solver_iters", "warm_start", "stability")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -110,14 +110,50 @@ def test_a_solution_among_many_is_refused(modules, monkeypatch):
         problems.build("identity")
 
 
+def is_solver(value):
+    return isinstance(value, type) and issubclass(value, deqkit.Solver) and value is not deqkit.Solver
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solvers_of_affine_equations_are_offered_where_they_are_right(modules, name):
+    problem = modules["problems"].build(name, small=True)
+    tree_map = torch.utils._pytree.tree_map
+    shift = tree_map(lambda x: 0.1 * torch.ones_like(x), problem.solution)
+    here, there = problem.solution, tree_map(lambda x: 0.5 * torch.ones_like(x), problem.solution)
+    moved = [
+        tree_map(torch.sub, problem.exact_f(tree_map(torch.add, x, shift)), problem.exact_f(x)) for x in (here, there)
+    ]
+    pairs = zip(*map(torch.utils._pytree.tree_leaves, moved), strict=True)
+    is_affine = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
+    assert is_affine == (name in modules["solver_iters"].AFFINE)
+
+
+def test_every_solver_can_be_measured(modules, tmp_path, capsys):
+    solvers = ["gmres", "bicgstab", "newton_krylov", "reversible", "auto", "anderson:history=2"]
+    arguments = ["--only", "problems", "--quick", "--problem", "linear", "--steps", "0,40", "--out", str(tmp_path)]
+    assert modules["solver_iters"].main([*arguments, *(word for name in solvers for word in ("--solver", name))]) == 0
+    with (tmp_path / "solver_iters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["solver"] for row in rows[::2]] == solvers  # and no others
+    assert all(
+        float(last["error_median"]) < 0.5 * float(first["error_median"])
+        for first, last in zip(rows[::2], rows[1::2], strict=True)
+    )
+    assert "auto: in a fixed number of steps it stays with its first solver, Anderson(" in capsys.readouterr().out
+
+
 def test_options(modules):
     options = modules["options"]
     named = options.parse_solver("anderson:history=20,mixing=0.5")
     assert named.label == "anderson:history=20,mixing=0.5"
     assert (named.solver.history, named.solver.mixing) == (20, 0.5)
     assert options.parse_steps("7,0-3, 30") == [0, 1, 2, 3, 7, 30]
+    assert options.parse_solver("newton_krylov:history=5").solver == deqkit.NewtonKrylov(history=5)
+    assert options.parse_solver("gmres", affine=True).solver == deqkit.GMRES()
+    assert [cls.name for cls in vars(deqkit).values() if is_solver(cls) and cls.name not in options.SOLVERS] == []
     for text, message in [
         ("newton", "unknown solver 'newton'"),
+        ("gmres", "gmres solves equations affine in x alone: choose from fixed_point, "),
         ("anderson:memory=3", "anderson has no setting 'memory': choose from .*history"),
         ("anderson:history=0", "history must be at least 1"),
         ("anderson:history=x", "history=x"),
@@ -133,8 +169,8 @@ def test_options(modules):
 def quick(tmp_path_factory):
     """Output folder and finished process of one quick run."""
     folder = tmp_path_factory.mktemp("quick")
-    extra = "anderson:history=2"
-    process = run_script("--quick", "--threads", "1", "--solver", extra, "--out", folder / "out", cwd=folder)
+    solvers = [f"--solver={name}" for name in ("fixed_point", "anderson", "broyden", "anderson:history=2")]
+    process = run_script("--quick", "--threads", "1", *solvers, "--out", folder / "out", cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder / "out", process
 
@@ -185,7 +221,11 @@ def test_quick_run_says_what_it_ran_on_and_found(quick):
     out = process.stdout
     assert record["hardware"]["cpu"] in out and "best point visited" in out
     assert "agree with float64 ones of the value returned: 468 of 468" in out
-    assert len(out.splitlines()) < 200
+    assert "How many steps does i-FPN need?" in out  # the second part
+    assert len(out.splitlines()) < 250
+    assert {path.name for path in folder.iterdir()} == {
+        f"{part}.{kind}" for part in ("solver_iters", "detector") for kind in ("csv", "json", "png")
+    }
 
 
 def test_a_solve_that_lies_about_its_residual_is_found_out(modules, monkeypatch):
@@ -210,8 +250,20 @@ def test_a_solve_that_lies_about_its_residual_is_found_out(modules, monkeypatch)
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--repeats", "0"], "'0' is not a positive integer"),
         (["--data", "somewhere"], "--data belongs to --detector"),
-        (["--detector", str(SCRIPT), "--quick"], "--quick does not go with --detector"),
-        (["--detector", str(SCRIPT), "--steps", "0-3"], "at least one step"),
+        (["--only", "detector", "--detector", str(SCRIPT), "--quick"], "--quick does not go with --only detector"),
+        (["--only", "detector", "--problem", "linear"], "--problem does not go with --only detector"),
+        (["--only", "problems", "--images", "3"], "--images does not go with --only problems"),
+        (["--only", "problems", "--retrain"], "--retrain does not go with --only problems"),
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+        (["--detector", str(SCRIPT), "--retrain"], "--retrain does not go with --detector"),
+        (["--detector", str(SCRIPT), "--mixing", "1"], "--mixing does not go with --detector"),
+        (["--mixing", "0"], "'0' is not a positive number"),
+        (["--mixing", "a"], "'a' is not a positive number"),
+        (["--seed", "-1"], "'-1' is not a number from 0"),
+        (["--only", "problems", "--solver", "unroll"], "--solver unroll is the neck's"),
+        (["--solver", "gmres"], "affine in x alone, i-FPN's G is not: --only problems --problem linear"),
+        (["--only", "problems", "--solver", "bicgstab", "--problem", "conv"], "conv are not: --only problems"),
+        (["--solver", "newton"], "unknown solver 'newton': choose from fixed_point, "),
         (["--out", str(SCRIPT / "out")], f"cannot write to {SCRIPT}"),
         (["--solver", "anderson:memory=3"], "has no setting 'memory'"),
         (["--steps", "x"], "not a list of step counts"),
@@ -226,99 +278,6 @@ def test_unusable_arguments_end_in_one_clear_line(modules, arguments, message, t
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --detector
-
-
-def save_detector(folder, **config):
-    """A small set of images and the checkpoint of an untrained detector for it."""
-    from adapters.detection.data import SyntheticSettings, generate_dataset
-    from adapters.detection.training import DetectionModule, DetectorConfig, Schedule
-
-    root = folder / "data"
-    generate_dataset(root, SyntheticSettings(train_images=1, val_images=5, image_size=96), progress=False)
-    torch.manual_seed(0)
-    settings = {"num_classes": 5, "neck_channels": 16, "image_size": 96, "neck_settings": {"max_steps": 4}} | config
-    module = DetectionModule(DetectorConfig(**settings), Schedule(1), data={"root": str(root)})
-    path = folder / "model.ckpt"
-    checkpoint = {"state_dict": module.state_dict()}
-    module.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
-    return path
-
-
-def test_detector_sweep(modules, tmp_path, capsys):
-    checkpoint = save_detector(tmp_path)
-    out = tmp_path / "out"
-    solvers = ["--solver", "fixed_point", "--solver", "anderson:history=2"]
-    arguments = ["--detector", checkpoint, "--steps", "1,2,4,12", *solvers, "--out", out]
-    assert modules["solver_iters"].main([str(a) for a in arguments]) == 0
-    with (out / "detector.csv").open() as file:
-        own, *rows = csv.DictReader(file)
-    assert own["steps"] == "" and 1 <= float(own["mean_steps"]) <= 4
-    assert [(row["solver"], row["steps"]) for row in rows] == [
-        (label, steps) for label in solvers[1::2] for steps in ("1", "2", "4", "12")
-    ]
-    for row in rows:
-        assert float(row["mean_steps"]) == int(row["steps"])
-        assert row["images"] == "5" and 0 <= float(row["ap"]) <= float(row["ap50"]) <= 1
-        assert float(row["seconds_per_image"]) > 0
-    residuals = [float(row["residual_median"]) for row in rows]
-    assert residuals[0] > 10 * residuals[3] and residuals[4] > 10 * residuals[7]
-    text = capsys.readouterr().out
-    assert "fixed_point: AP is 0" in text or "enough" in text
-    assert json.loads((out / "detector.json").read_text())["settings"]["images"] == 5
-    assert Image.open(out / "detector.png").width > 1000
-
-
-def test_detector_neck_is_left_as_it_was(modules, tmp_path):
-    steps = modules["detector_steps"]
-    detector = steps.load(save_detector(tmp_path), None, 2, "cpu")
-    before = detector.neck.settings
-    rows = steps.sweep(detector, modules["options"].default_solvers()[2:], [3], lambda: None)
-    assert detector.neck.settings == before
-    assert [row.images for row in rows] == [2, 2]
-
-
-def test_a_detector_may_use_a_solver_that_the_command_line_does_not_know(modules, tmp_path):
-    options, steps = modules["options"], modules["detector_steps"]
-    detector = steps.load(save_detector(tmp_path, neck_settings={"solver": "auto", "max_steps": 4}), None, 1, "cpu")
-    solver = options.named(detector.neck.solver)
-    assert solver.label == "auto" and solver.solver == deqkit.Auto()
-    assert [row.solver for row in steps.sweep(detector, [solver], [2], lambda: None)] == ["own settings", "auto"]
-    with pytest.raises(ValueError, match="nonsense"):
-        options.named("nonsense")
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [({"neck": "fpn", "neck_settings": {}}, "neck 'fpn': nothing to solve"), ({"num_classes": 4}, "trained for 3")],
-)
-def test_unusable_detectors_are_refused(modules, tmp_path, capsys, config, message):
-    checkpoint = save_detector(tmp_path, **config)
-    arguments = ["--detector", str(checkpoint), "--out", str(tmp_path / "out")]
-    assert modules["solver_iters"].main(arguments) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and str(checkpoint) in error and message in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_answer_is_the_step_count_from_which_on_ap_stays(modules):
-    steps = modules["detector_steps"]
-
-    def rows(**aps):
-        return [steps.DetectorRow("s", int(k[1:]), 1, ap, ap, 1.0, 0.1, 0.1, 1.0) for k, ap in aps.items()]
-
-    assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.303, k5=0.3041, k7=0.3042, k9=0.305), "s")
-    # Within the limit by chance at 2 steps, not at 3: 2 are not enough.
-    assert "s: 5 steps are enough" in steps.answer(rows(k1=0.1, k2=0.305, k3=0.29, k5=0.305, k9=0.305), "s")
-    # Nothing shows that the last number of steps is enough.
-    assert "s: 20 steps may not be enough" in steps.answer(rows(k1=0.1, k10=0.3, k20=0.4), "s")
-    assert "s: 5 steps alone do not say" in steps.answer(rows(k5=0.3), "s")
-    assert "AP is 0 with 9 steps" in steps.answer(rows(k1=0.0, k9=0.0), "s")
-    assert "no objects" in steps.answer(rows(k1=None, k9=None), "s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
