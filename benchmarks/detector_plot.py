@@ -16,7 +16,7 @@ from detector_report import TOLERATED_LOSS, ap_at_rest, fewest_steps, rows_of, s
 from detector_steps import OWN, DetectorRow
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from plots import COLOURS
 from torch import Tensor
 
@@ -47,15 +47,20 @@ def plot_detector(path: Path, rows: Sequence[DetectorRow], title: str, radii: Te
     limit = 100 * TOLERATED_LOSS
     gap.axhspan(-limit, limit, color="0.9")
     gap.set_yscale("symlog", linthresh=limit)
+    gap.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     for axis in (error, residual):
         axis.set_yscale("log")
     clock.set_ylim(bottom=0)
     _label(ap, "AP (solid), AP50 (dashed)", "points")
-    _label(gap, f"AP less that at rest; grey: within {limit:g} points", "points")
+    _label(gap, f"AP minus that at rest; grey: within {limit:g} points", "points")
     _label(error, "distance of the pyramid from that at rest", "relative; median (solid), worst image (dotted)")
     _label(residual, "residual |G(P+B)-P| / |G(P+B)|", "relative; median (solid), worst image (dotted)")
     _label(clock, "time of the whole detector", "milliseconds per image")
-    _explain(key, rows, radii)
+    _explain(key, rows)
+    last = max(row.steps or 0 for row in rows)
+    for axis in (ap, gap, error, residual, clock):
+        axis.set_xlim(-0.04 * last - 0.1, 1.04 * last + 0.1)
+    figure.supxlabel(_notes(rows, radii), fontsize=11)
     figure.suptitle(f"How many steps does i-FPN need?\n{title}", fontsize=13)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -73,7 +78,7 @@ def _draw(axis: Axes, rows: Sequence[DetectorRow], value: Callable[[DetectorRow]
             axis.plot(float(enough.steps or 0), value(enough), color=colour, **ring)
 
 
-def _explain(axis: Axes, rows: Sequence[DetectorRow], radii: Tensor) -> None:
+def _explain(axis: Axes, rows: Sequence[DetectorRow]) -> None:
     """The legend, with each solver's fewest steps, in the place of a panel."""
     axis.set_axis_off()
     handles = []
@@ -92,17 +97,26 @@ def _explain(axis: Axes, rows: Sequence[DetectorRow], radii: Tensor) -> None:
     limit = 100 * TOLERATED_LOSS
     words = f"the fewest steps from which on AP stays within\n{limit:g} points of that at rest"
     handles.append(Line2D([], [], color="0.3", label=words, **ring))
-    own = next(row for row in rows if row.solver == OWN)
     dash = Line2D([], [], color="0.3", linestyle="-.", linewidth=1, label="AP with the pyramid at rest")
-    axis.legend(handles=[*handles, dash], loc="upper left", frameon=False, fontsize=11, title="fewest steps that do")
-    about = [f"0 steps: the basis B itself\nspectral radius of dG/dP at rest: {radii.min():.2f} to {radii.max():.2f}"]
-    if own.mean_steps is not None and own.ap is not None and own.seconds_per_image is not None:
-        about.append(
-            f"the neck's own settings: {own.mean_steps:.1f} steps,\n"
-            f"AP {100 * own.ap:.2f}, {1e3 * own.seconds_per_image:.1f} ms per image"
-        )
-    about.append("the paper: 7 steps at test give what 15 give")
-    axis.text(0.02, 0.0, "\n".join(about), transform=axis.transAxes, fontsize=11, va="bottom", linespacing=1.5)
+    axis.legend(
+        handles=[*handles, dash], loc="upper left", frameon=False, fontsize=11, title="solver: fewest steps",
+        title_fontsize=11, alignment="left",
+    )  # fmt: skip
+
+
+def _notes(rows: Sequence[DetectorRow], radii: Tensor) -> str:
+    """What else there is to know, in a line or two."""
+    notes = (
+        f"0 steps: the basis B itself.   Spectral radius of dG/dP at rest: {radii.min():.2f} to {radii.max():.2f}.   "
+    )
+    notes += "The paper: 7 steps at test give what 15 give."
+    own = next(row for row in rows if row.solver == OWN)
+    if own.mean_steps is None or own.ap is None or own.seconds_per_image is None:
+        return notes
+    milliseconds = 1e3 * own.seconds_per_image
+    return (
+        f"{notes}\nThe neck's own settings: {own.mean_steps:.1f} steps, AP {100 * own.ap:.2f}, {milliseconds:.1f} ms."
+    )
 
 
 def _label(axis: Axes, title: str, ylabel: str) -> None:

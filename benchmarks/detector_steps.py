@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import sys
 import time
@@ -203,7 +204,7 @@ def sweep(
 ) -> list[DetectorRow]:
     """Evaluate the detector at rest, as it is, and with every solver and number of steps; its neck is left as it was.
 
-    Every batch goes through all cases, there and back in turn, so that a disturbance of the machine does not fall on
+    Every batch goes through all cases, in an order of its own, so that a disturbance of the machine does not fall on
     one of them alone. Without a step there is nothing to choose between solvers: that is evaluated once.
 
     Args:
@@ -223,7 +224,7 @@ def sweep(
             with at_rest(detector.neck):
                 pyramid = _measure(detector, rest, images, ids, None)
             tick()
-            for tally in tallies if i % 2 == 0 else reversed(tallies):
+            for tally in random.Random(i).sample(tallies, len(tallies)):
                 with _solved_by(detector.neck, tally.case):
                     _measure(detector, tally, images, ids, pyramid)
                 tick()
