@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from deqkit import held, levels, stages
 from deqkit.adjoints import Adjoint, Problem, check_record, make_adjoint, solve_at_every_level
@@ -41,6 +41,7 @@ def solve(
     keep: Iterable[int] = (),
     has_aux: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
+    sample_args: Iterable[int] | None = None,
 ) -> Solution:
     """Find the fixed point x* = f(x*, *args), sample by sample, and make it differentiable.
 
@@ -87,6 +88,11 @@ def solve(
         has_aux: f returns a pair ``(f(x), aux)``; the aux of the returned value goes into `Solution.aux`, at the price
             of one more call of f.
         callback: called with a `StepInfo` after every evaluation of the forward solve.
+        sample_args: positions in ``args`` of what belongs to samples, tensors or pytrees of tensors (batch, ...);
+            ``()`` where nothing does. Once given, f is called on the samples that are still being solved alone as soon
+            as half of them have ended, with those arguments cut to the same samples. For an f that is costly and
+            samples of unequal difficulty; f must then close over nothing that belongs to samples, and know them by
+            ``batch_dims=1``. It has no effect on solves that are traced, unrolled, or of a fixed number of steps.
 
     Returns:
         A `Solution`.
@@ -98,13 +104,15 @@ def solve(
             the solver.
         ConvergenceError: some samples did not converge, under ``on_failure="raise"``.
         RuntimeError: f or the callback changed x in place.
-        NotImplementedError: the adjoint does not go through a transform of `torch.func`, or through forward mode.
+        NotImplementedError: the adjoint does not go through a transform of `torch.func`, or through forward mode; or
+            ``sample_args`` is given and f draws masks.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     max_steps, batch_dims = _as_count("max_steps", max_steps), _as_count("batch_dims", batch_dims)
     keep = _as_steps(keep)
     _check_settings(args, on_failure, trace, has_aux, callback)
+    sample_args = None if sample_args is None else _as_positions(sample_args, args)
     solver, adjoint = make_solver(solver), make_adjoint(adjoint)
     check_record(adjoint, solver)
     termination = Termination(rtol, atol)
@@ -112,12 +120,18 @@ def solve(
         return _solve_uncompiled(
             f, x0, args=args, solver=solver, adjoint=adjoint, rtol=rtol, atol=atol, max_steps=max_steps, norm=norm,
             batch_dims=batch_dims, on_failure=on_failure, trace=trace, keep=keep, has_aux=has_aux, callback=callback,
+            sample_args=sample_args,
         )  # fmt: skip
     layout = StateLayout(x0, batch_dims)
+    if sample_args is not None:
+        _check_samples(sample_args, args, layout)
     state_norm = make_norm(norm, layout)
-    scope = held.opened()
+    scope, num_args = held.opened(), len(args)
     f, args = scope.bind(f, args)
     evaluator = adjoint.prepare(Evaluator(_first_of_two(f) if has_aux else f, layout, args))
+    if sample_args is not None:
+        evaluator.sample_args = frozenset(i + len(args) - num_args for i in sample_args)  # behind what the scope holds
+        evaluator.masks = scope.masks
     tolerances = {"rtol": termination.rtol, "atol": termination.atol}
     settings = {"solver": solver.name, **tolerances}
     if layout.num_samples == 0:
@@ -189,6 +203,27 @@ def _as_steps(keep: Any) -> frozenset[int]:
     if isinstance(keep, str) or not isinstance(keep, Iterable):
         raise TypeError(f"keep must be the numbers of some steps, such as (2, 5), got {keep!r}")
     return frozenset(_as_count("every step in keep", step) for step in keep)
+
+
+def _as_positions(sample_args: Any, args: tuple[Any, ...]) -> frozenset[int]:
+    if isinstance(sample_args, str) or not isinstance(sample_args, Iterable):
+        raise TypeError(f"sample_args must be positions in args, such as (0,), got {sample_args!r}")
+    positions = frozenset(_as_count("every position in sample_args", i) for i in sample_args)
+    if positions and max(positions) >= len(args):
+        raise ValueError(f"sample_args names position {max(positions)}, but args has {len(args)} element(s)")
+    return positions
+
+
+def _check_samples(sample_args: frozenset[int], args: tuple[Any, ...], layout: StateLayout) -> None:
+    if layout.batch_dims != 1:
+        raise ValueError(f"sample_args needs batch_dims=1, got {layout.batch_dims}")
+    for i in sorted(sample_args):
+        for path, leaf in tree_flatten_with_path(args[i])[0]:
+            got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            if not isinstance(leaf, Tensor) or leaf.shape[:1] != layout.batch_shape:
+                raise ValueError(
+                    f"sample_args: args[{i}]{keystr(path)} must be a tensor of {layout.num_samples} samples, got {got}"
+                )
 
 
 def _first_of_two(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -103,9 +103,12 @@ class History:
             self._chunks.append(tuple(b.new_empty(b.shape[0], more, b.shape[1]) for b in blocks))
             return
         larger = tuple(b.new_zeros(b.shape[0], min(self.size, max(2, 2 * capacity)), b.shape[1]) for b in blocks)
-        for chunk in self._chunks:  # at most one
+        start = 0
+        for chunk in self._chunks:
+            end = start + chunk[0].shape[1]
             for new, old in zip(larger, chunk, strict=True):
-                new[:, :capacity] = old
+                new[:, start:end] = old
+            start = end
         self._chunks = [larger]
 
     def _filled(self) -> list[Blocks]:

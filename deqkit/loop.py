@@ -23,7 +23,7 @@ from torch import Tensor
 from deqkit import arrays
 from deqkit.ledger import Ledger, LoopResult, relative
 from deqkit.norms import StateNorm
-from deqkit.shrinking import ShrinkingState
+from deqkit.shrinking import ShrinkingSolve
 from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Termination
@@ -86,20 +86,22 @@ def run(
     recorder = solver.start_recording() if record else None
     state = solver.start() if recorder is None else recorder
     x = tuple(b.clone() for b in x0)
+    width = sum(b.shape[1] for b in x)
     ledger: Ledger | None = None
     point: Point | None = None
     kept: dict[int, Blocks] = {}
     on_host = _keeps_books_on_host(f, solver, termination)
     with_grad = torch.is_grad_enabled()
-    shrinking = None
-    if on_host and not (with_grad or record or termination.fixed_steps):
-        shrinking = ShrinkingState.around(state)
+    shrinks = on_host and not (with_grad or record or termination.fixed_steps)
+    solve = ShrinkingSolve(f, state)
+    if shrinks and active is not None:
+        solve.let_go(arrays.to_host(active), width)
     for step in range(max_steps + 1):
         if step in keep:
             kept[step] = x
         # The last point of an unrolled solve is evaluated only to be measured: nothing is differentiated through it.
         with torch.no_grad() if with_grad and step == max_steps else contextlib.nullcontext():
-            fx = f(x)
+            fx = solve.evaluate(x)
             r = tuple(torch.sub(a, b) for a, b in zip(fx, x, strict=True))
         with torch.no_grad() if with_grad else contextlib.nullcontext():
             if ledger is None:
@@ -111,11 +113,9 @@ def run(
         point = ledger.point(x, fx, r, max_steps - step, f.resolution)
         if look.none_active or step == max_steps:
             break
-        inside = ledger.inside(point) if look.any_outside else point
-        if look.all_active or shrinking is None:
-            new = state.step(inside)
-        else:
-            new = shrinking.step(inside, ledger.active)
+        if shrinks and not look.all_active:
+            solve.let_go(ledger.active, width)
+        new = solve.step(ledger.inside(point) if look.any_outside else point)
         if look.any_outside:
             new = ledger.retreat(new)
         new = f.layout.round(new)

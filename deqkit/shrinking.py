@@ -1,7 +1,8 @@
-"""L3. A solver's state that lets go of samples once they have ended, so that what it computes is for the others alone.
+"""L3. A solve that lets go of samples once they have ended, so that what it computes is for the others alone.
 
 Where the samples of a batch need unequal numbers of steps, most of the later ones would else be spent on samples that
-rest already. f itself still sees the whole batch.
+rest already. The solver's own arithmetic always shrinks. f sees the whole batch, unless the caller has said what in its
+arguments belongs to the samples.
 """
 
 from __future__ import annotations
@@ -11,34 +12,52 @@ import numpy as np
 from deqkit.arrays import Array
 from deqkit.rows import Rows
 from deqkit.solvers.base import Point, SelectableState, SolverState
-from deqkit.state import Blocks
+from deqkit.state import Blocks, Evaluator
 
 _WORTH_IT = 2**14  # numbers in the states let go of; to pick the others out at every step has its price, too
 
 
-class ShrinkingState:
-    """A state, and the samples that it still carries.
+class ShrinkingSolve:
+    """The map and the solver's state, and the samples that they still carry.
 
     Args:
+        f: of the whole batch.
         state: the solver's, of the whole batch.
     """
 
-    def __init__(self, state: SelectableState) -> None:
-        self.state = state
+    def __init__(self, f: Evaluator, state: SolverState) -> None:
+        self.f, self.state = f, state
+        self.narrow_f: Evaluator | None = None
         self.rows: Rows | None = None  # None: all
+        self.may_shrink = isinstance(state, SelectableState) or f.sample_args is not None
 
-    @classmethod
-    def around(cls, state: SolverState) -> ShrinkingState | None:
-        """The state as one that can shrink; None if it cannot."""
-        return cls(state) if isinstance(state, SelectableState) else None
+    def let_go(self, active: Array, width: int) -> None:
+        """Go on with the samples in ``active`` (B,), on the host, if they are half or less of those carried.
 
-    def step(self, point: Point, active: Array) -> Blocks:
-        """The next point of the samples in ``active`` (B,), on the host; of the others any."""
-        carried, left = len(active) if self.rows is None else len(self.rows), np.count_nonzero(active)
-        if 2 * left <= carried and (carried - left) * sum(b.shape[1] for b in point.x) >= _WORTH_IT:
-            among = active if self.rows is None else self.rows.of(active)
-            self.state.select(Rows(among, point.x[0].device))
-            self.rows = Rows(active, point.x[0].device)
-        if self.rows is None:
+        Args:
+            active: which are still being solved.
+            width: numbers in the state of a sample.
+        """
+        carried, left = len(active) if self.rows is None else len(self.rows), int(np.count_nonzero(active))
+        worth_it = self.f.sample_args is not None or (carried - left) * width >= _WORTH_IT
+        if not (self.may_shrink and worth_it and 0 < 2 * left <= carried):
+            return
+        device = self.f.layout.device
+        if isinstance(self.state, SelectableState):
+            self.state.select(Rows(active if self.rows is None else self.rows.of(active), device))
+        self.rows = Rows(active, device)
+        if self.f.sample_args is not None:
+            self.narrow_f = self.f.narrowed(self.rows.on_device)
+
+    def evaluate(self, x: Blocks) -> Blocks:
+        """f(x) of the samples carried; of the others that or x."""
+        if self.narrow_f is None or self.rows is None:
+            return self.f(x)
+        self.f.num_calls += 1
+        return self.rows.put(self.narrow_f(self.rows.of_blocks(x)), x)
+
+    def step(self, point: Point) -> Blocks:
+        """The next point of the samples carried; of the others any."""
+        if self.rows is None or not isinstance(self.state, SelectableState):
             return self.state.step(point)
         return self.rows.put(self.state.step(point.select(self.rows)), point.x)

@@ -18,15 +18,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from deqkit import levels
 
@@ -54,6 +63,11 @@ class _Leaf:
         order, inverse = ((0, *(d + 1 for d in dims)) for dims in (self.order, self.inverse))
         shape, permuted_shape = torch.Size((size, *self.shape)), (size, *self.permuted_shape)
         return replace(self, shape=shape, order=order, inverse=inverse, permuted_shape=permuted_shape)
+
+    def narrowed(self, size: int) -> _Leaf:
+        first = self.order.index(0)
+        permuted_shape = (*self.permuted_shape[:first], size, *self.permuted_shape[first + 1 :])
+        return replace(self, shape=torch.Size((size, *self.shape[1:])), permuted_shape=permuted_shape)
 
 
 def _memory_order(x: Tensor, batch_dims: int) -> tuple[int, ...]:
@@ -121,6 +135,13 @@ class StateLayout:
         other.batch_dims, other.batch_shape = self.batch_dims + 1, torch.Size((size, *self.batch_shape))
         other.num_samples = size * self.num_samples
         other.leaves = [leaf.stacked(size) for leaf in self.leaves]
+        return other
+
+    def narrowed(self, size: int) -> StateLayout:
+        """The layout of ``size`` such samples; of one batch dim."""
+        other = copy.copy(self)
+        other.batch_shape, other.num_samples = torch.Size((size,)), size
+        other.leaves = [leaf.narrowed(size) for leaf in self.leaves]
         return other
 
     @property
@@ -256,6 +277,9 @@ class Evaluator:
     ) -> None:
         self.f, self.layout, self.args, self.shares_casts = f, layout, args, shares_casts
         self.num_calls = 0
+        #: Positions in ``args`` of what belongs to samples, where f may be called on some samples alone; else None.
+        self.sample_args: frozenset[int] | None = None
+        self.masks: Mapping[Any, Tensor] = {}  # drawn while f was evaluated, for all samples
         self.may_autocast = torch.amp.is_autocast_available(layout.device.type)
         # What carries tangents of forward-mode differentiation is solved without, see `ImplicitAdjoint.with_tangent`.
         self.drops_tangents = not keeps_tangents and levels.carries_tangents()
@@ -265,6 +289,23 @@ class Evaluator:
         """The same map with other further arguments, and a count of its own."""
         other = copy.copy(self)
         other.args, other.num_calls = args, 0
+        return other
+
+    def narrowed(self, index: Tensor) -> Evaluator:
+        """The same map for some samples alone, with a count of its own.
+
+        Raises:
+            NotImplementedError: f draws masks, which it would draw anew for fewer samples.
+        """
+        assert self.sample_args is not None
+        if self.masks:
+            raise NotImplementedError(
+                "sample_args does not go with VariationalDropout in training mode: a mask is for the whole batch"
+            )
+        pick = functools.partial(torch.index_select, dim=0, index=index)
+        args = (tree_map(pick, a) if i in self.sample_args else a for i, a in enumerate(self.args))
+        other = self.with_args(tuple(args))
+        other.layout = self.layout.narrowed(len(index))
         return other
 
     @property

@@ -41,6 +41,7 @@ class FixedPoint(nn.Module):
         warm_start: start from the fixed points of the last call, for data that change little from call to call (the
             frames of a video, the same batch again). Where shapes, dtype or device have changed, and for samples that
             did not converge (or, in a fixed number of steps, did not stay finite), x0 is used. `reset` forgets them.
+        sample_args: see `deqkit.solve`; positions in ``*args`` of `forward`.
         check: whether to look once, at the first call in training mode, for modules inside that leave f without a fixed
             point, such as BatchNorm and dropout, and to warn of them: see `check_module`.
 
@@ -84,6 +85,7 @@ class FixedPoint(nn.Module):
         has_aux: bool = False,
         warm_start: bool = False,
         check: bool = True,
+        sample_args: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -98,6 +100,7 @@ class FixedPoint(nn.Module):
         self.batch_dims, self.on_failure, self.trace = batch_dims, on_failure, trace
         self.keep = tuple(keep) if isinstance(keep, Iterable) else keep
         self.has_aux, self.warm_start = has_aux, warm_start
+        self.sample_args = tuple(sample_args) if isinstance(sample_args, Iterable) else sample_args
         self.num_monitors = 0
         self._is_checked = not check
         hold_parametrizations(module)
@@ -117,6 +120,8 @@ class FixedPoint(nn.Module):
         settings = {name: getattr(self, name) for name in names} | {"max_steps": limit}
         if self.num_monitors and self.on_failure == "warn":
             settings["on_failure"] = "ignore"
+        if self.sample_args is not None:
+            settings["sample_args"] = self.sample_args
         return settings
 
     def forward(self, x0: Any, *args: Any) -> Any:
@@ -171,6 +176,7 @@ class FixedPoint(nn.Module):
         settings: dict[str, Any] = self.settings
         if callable(self.norm):  # meant for the state's structure, which is not known yet
             settings["norm"] = None
+        settings.pop("sample_args", None)  # positions in arguments that are not known yet
         for limit in (self.max_steps, self.eval_max_steps):
             settings["max_steps"] = self.max_steps if limit is None else limit
             with torch.device("cpu"):  # the layer may be made on the meta device
