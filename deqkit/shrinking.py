@@ -14,6 +14,7 @@ from deqkit.rows import Rows
 from deqkit.solvers.base import Point, SelectableState, SolverState
 from deqkit.state import Blocks, Evaluator
 
+_FEW_ENOUGH = 0.75  # so that a history is not copied for every sample that ends
 _WORTH_IT = 2**14  # numbers in the states let go of; to pick the others out at every step has its price, too
 
 
@@ -32,7 +33,7 @@ class ShrinkingSolve:
         self.may_shrink = isinstance(state, SelectableState) or f.sample_args is not None
 
     def let_go(self, active: Array, width: int) -> None:
-        """Go on with the samples in ``active`` (B,), on the host, if they are half or less of those carried.
+        """Go on with the samples in ``active`` (B,), on the host, if enough of those carried have ended.
 
         Args:
             active: which are still being solved.
@@ -40,7 +41,7 @@ class ShrinkingSolve:
         """
         carried, left = len(active) if self.rows is None else len(self.rows), int(np.count_nonzero(active))
         worth_it = self.f.sample_args is not None or (carried - left) * width >= _WORTH_IT
-        if not (self.may_shrink and worth_it and 0 < 2 * left <= carried):
+        if not (self.may_shrink and worth_it and 0 < left <= _FEW_ENOUGH * carried):
             return
         device = self.f.layout.device
         if isinstance(self.state, SelectableState):
