@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pyramids import ODD, group_norm, pyramid
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -17,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from adapters.detection import ImplicitFPN, convert_fpn_
 from adapters.detection.necks.blocks import max_pool, resize
+from adapters.detection.necks.image_sizes import _SIZES
 from adapters.detection.necks.norms import (
     GroupNorm,
     IntegratedBatchNorm,
@@ -24,7 +27,7 @@ from adapters.detection.necks.norms import (
     LevelGroupNorm,
     padding_masks,
 )
-from adapters.detection.training import summarize
+from adapters.detection.training import Solves, summarize
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +184,7 @@ def test_ibn_is_solved_as_one_system_where_it_ties_samples() -> None:
     neck.transform.out_norm.eval()  # as a frozen norm in training
     neck(x)
     assert neck.last_solution.converged.shape == (2,)
-    assert summarize([as_one, neck.last_solution]).converged == 1.0
+    assert summarize([Solves.of(as_one), Solves.of(neck.last_solution)]).converged == 1.0
     neck.eval()
     together = neck(x)
     alone = neck({k: v[1:] for k, v in x.items()})
@@ -341,15 +344,72 @@ def test_masked_resizing_is_that_of_the_image_alone(mode: str) -> None:
     assert x.grad.isfinite().all() and not x.grad[:, :, 4:].any()
 
 
-def test_sizes_serve_one_forward_pass() -> None:
+def test_sizes_serve_one_batch() -> None:
     neck = ImplicitFPN([8] * 2, 8, mask_padding=True)
     x = features((8, 8), (4, 4))
     with pytest.raises(RuntimeError, match="set_image_sizes"):
         neck(x)
     neck.set_image_sizes([(32, 64), (64, 64)], (64, 64))
-    neck(x)
+    again = [neck(x)["0"], neck(x)["0"]]  # these maps are known now
+    torch.testing.assert_close(*again, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="convert_fpn_"):
+        neck({name: level.clone() for name, level in x.items()})
+    x["0"].mul_(1)  # the next batch may lie in the place of the last
     with pytest.raises(RuntimeError, match="convert_fpn_"):
         neck(x)
+    with torch.inference_mode():
+        neck.set_image_sizes([(32, 64), (64, 64)], (64, 64))
+        neck(features((8, 8), (4, 4)))
+
+
+def test_the_sizes_of_a_batch_go_with_its_maps() -> None:
+    """Nothing is kept of batches that are gone."""
+    before = len(_SIZES)
+    neck = ImplicitFPN([8] * 2, 8, mask_padding=True, unroll=1)
+    for _ in range(3):
+        neck.set_image_sizes([(32, 64), (64, 64)], (64, 64))
+        neck(features((8, 8), (4, 4)))
+    gc.collect()
+    assert len(_SIZES) == before
+
+
+@pytest.mark.parametrize("settings", [{"rtol": 1e-10, "max_steps": 60}, {"unroll": 2}], ids=str)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_neck_masks_the_same_padding(use_reentrant, settings) -> None:
+    """Two batches of different padding go through before the backward pass of either recomputes them."""
+    neck = ImplicitFPN([8] * 3, 8, mask_padding=True, **settings).double()
+    names = ("0", "1", "2")
+    sizes = [(16, 16), (8, 8), (4, 4)]
+    batches = [[x.requires_grad_() for x in pyramid(8, sizes, dtype=torch.float64)] for _ in range(2)]
+    padding = [[(128, 64), (96, 128)], [(40, 128), (128, 128)]]
+
+    def run(*maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(neck(dict(zip(names, maps, strict=True))).values())
+
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        losses = []
+        for maps, image_sizes in zip(batches, padding, strict=True):
+            maps = [x * 1.0 for x in maps]  # as out of a backbone: not leaves
+            neck.set_image_sizes(image_sizes, (128, 128))
+            out = checkpoint(run, *maps, use_reentrant=use_reentrant) if checkpointed else run(*maps)
+            losses.append(sum(level.square().sum() for level in out))
+        inputs = [*(x for maps in batches for x in maps), *neck.parameters()]
+        for x in inputs:
+            x.grad = None
+        for loss in losses:
+            loss.backward()
+        return [x.grad for x in inputs]
+
+    for mine, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_neck_is_checkpointed_with_the_maps_in_their_dict() -> None:
+    neck = ImplicitFPN([8] * 2, 8, mask_padding=True, unroll=1)
+    x = features((8, 8), (4, 4))
+    neck.set_image_sizes([(32, 64), (64, 64)], (64, 64))
+    checkpoint(neck, x, use_reentrant=False)["0"].sum().backward()
+    assert all(p.grad is not None for p in neck.inner_blocks.parameters())
 
 
 def backbone(first: int = 1, extra=None) -> BackboneWithFPN:

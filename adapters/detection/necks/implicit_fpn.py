@@ -33,6 +33,7 @@ from adapters.detection.necks.basis import (
     top_down,
 )
 from adapters.detection.necks.blocks import one_of
+from adapters.detection.necks.image_sizes import ImageSizes, sizes_for
 from adapters.detection.necks.iteration import ResidualLikeIteration, as_dtype, solve_settings
 from adapters.detection.necks.norms import GroupNorm, IntegratedBatchNorm, Masks, blank, each, padding_masks
 from adapters.detection.necks.transform import TransformFactory, make_transform
@@ -170,7 +171,7 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         self.basis_norms = nn.ModuleList(GroupNorm(out_channels) for _ in range(normalised))
         self.mask_padding, self.unroll = mask_padding, unroll
         self._level_names: list[str] = []
-        self._image_sizes: tuple[list[tuple[int, int]], tuple[int, int]] | None = None
+        self._image_sizes: ImageSizes | None = None
 
     @classmethod
     def from_fpn(cls, fpn: FeaturePyramidNetwork, *, keep_fpn: bool = False, **settings: Any) -> "ImplicitFPN":
@@ -247,6 +248,8 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
     def set_image_sizes(self, image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int]) -> None:
         """Tell the next forward pass which part of its maps is image and which is padding (`mask_padding`).
 
+        A second pass over the same backbone maps, such as that of `torch.utils.checkpoint` in backward, knows them.
+
         Args:
             image_sizes: `(h, w)` of every image of the batch.
             padded_size: `(h, w)` that they were padded to.
@@ -276,7 +279,7 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         self._level_names = list(names)
         levels = [full_precision(level) for level in levels]
         if self.unroll != 0:
-            pyramid = self._equilibrium(levels)
+            pyramid = self._equilibrium(levels, of=features[0])
             kept = self.layer_blocks is not None
             levels = [p + b for p, b in zip(pyramid, levels, strict=True)] if kept else pyramid
         if self.extra_blocks is not None and not self.extra_in_state:
@@ -284,9 +287,9 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
             levels = [full_precision(level) for level in levels]
         return OrderedDict(zip(names, levels, strict=True))
 
-    def _equilibrium(self, basis: list[Tensor]) -> list[Tensor]:
-        """P* for a basis B, or P_k."""
-        masks = self._masks(basis)
+    def _equilibrium(self, basis: list[Tensor], of: Tensor) -> list[Tensor]:
+        """P* for a basis B, or P_k; the finest backbone map that it is of stands for the batch."""
+        masks = self._masks(basis, of)
         given = each(masks, len(basis))
         if self.basis_norms:
             basis = [norm(b, mask) for norm, b, mask in zip(self.basis_norms, basis, given, strict=True)]
@@ -303,16 +306,11 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
                 module.update_running_stats()
         return list(pyramid)
 
-    def _masks(self, levels: list[Tensor]) -> Masks | None:
+    def _masks(self, levels: list[Tensor], of: Tensor) -> Masks | None:
         if not self.mask_padding:
             return None
-        if self._image_sizes is None:
-            raise RuntimeError(
-                "mask_padding=True, but nobody told the sizes of the images: convert the whole detector by "
-                "convert_fpn_, or call set_image_sizes before every forward pass"
-            )
-        (image_sizes, padded_size), self._image_sizes = self._image_sizes, None
-        return padding_masks(image_sizes, padded_size, levels)
+        told, self._image_sizes = self._image_sizes, None
+        return padding_masks(*sizes_for(of, told), levels)
 
     def _extend(self, levels: list[Tensor], features: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Apply the extra block, which appends to the lists it is given: hence the copies."""
