@@ -277,7 +277,9 @@ def test_command(checkpoint, tmp_path, capsys) -> None:
     for more, message in (
         (["--format=jit"], "unknown format 'jit'"),
         (["--num_steps=0"], "num_steps must be at least 1"),
-        (["--image=none.png"], "image none.png cannot be read"),
+        (["--image=none.png"], "unreadable image none.png: No such file"),
+        (["--height=1", "--width=2000"], "image_size (1, 2000) is too thin"),
+        ([f"--out={checkpoint}/model.pt2"], f"{checkpoint} is a file, not a folder"),
     ):
         assert main(["export", f"--checkpoint={checkpoint}", f"--out={other}", *more]) == 2
         assert message in capsys.readouterr().err

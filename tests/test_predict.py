@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CATEGORIES, write_checkpoint, write_image
+from matplotlib.figure import Figure
 from PIL import Image
 
 from adapters.detection.__main__ import COMMANDS, main
@@ -271,6 +272,34 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
         patch = pixels[row - 3 : row + 4, column - 3 : column + 4].reshape(-1, 3)
         assert (patch - orange).abs().sum(1).min() < 30, (row, column)
     assert pixels[230:480, 430:780].max() == 0 and pixels[:100].max() == 0 and pixels[520:].max() == 0
+
+
+def test_the_surest_of_many_boxes_are_labelled(tmp_path, monkeypatch):
+    """All are drawn, the surest on top; 60 have a label."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (figures.append(self), save(self, *args, **how)))
+    corners = torch.rand(75, 2, generator=torch.Generator().manual_seed(0)) * 80
+    scores = torch.linspace(0.99, 0.25, 75)
+    boxes, labels = torch.cat([corners, corners + 10], 1), torch.ones(75, dtype=torch.long)
+    draw_boxes(tmp_path / "p.png", torch.zeros(3, 90, 90), boxes, labels, scores, ("background", "a"))
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.texts] == [f"a {score:.2f}" for score in scores[:60]]
+    heights = [patch.get_zorder() for patch in axes.patches]
+    assert len(heights) == 75 and heights == sorted(heights, reverse=True) and len(set(heights)) == 75
+    for patch, (x, y) in zip(axes.patches, corners.tolist(), strict=True):
+        assert patch.get_xy() == pytest.approx((x, y))
+
+
+def test_thin_images_take_no_more_than_a_page(checkpoint, tmp_path):
+    """Neither is their row a line, nor the picture of them metres high."""
+    sides = []
+    for size in ((960, 20), (20, 960)):
+        image = write_image(tmp_path / "thin.png", size=size)
+        words = ["features", "--checkpoints", str(checkpoint), "--images", str(image), "--levels", "P5"]
+        assert main([*words, "--out", str(tmp_path / f"{size[0]}.png")]) == 0
+        with Image.open(tmp_path / f"{size[0]}.png") as file:
+            sides.append(file.height)
+    assert 450 < sides[0] < sides[1] < 1000
 
 
 def test_maps_cover_the_image_in_its_own_pixels(checkpoint):

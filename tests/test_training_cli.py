@@ -295,6 +295,12 @@ def test_what_the_data_say_before_training(root, tmp_path, capsys):
     assert run(command(tmp_path / "data", tmp_path / "thin", steps=1)) == 2
     assert f"{content['images'][2]['file_name']} of 800x2 is too thin" in capsys.readouterr().err
     assert not (tmp_path / "thin").exists()
+    words = ("--data.bad_data=skip", "--data.verify=false", "--trainer.limit_val_batches=0")
+    with pytest.warns(UserWarning, match="train2017: 1 images are left out; the first: .* of 800x2 is too thin"):
+        assert run(command(tmp_path / "data", tmp_path / "thin", *words, steps=1)) == 0
+    told = capsys.readouterr().out
+    images = len(content["images"]) - 1
+    assert f"train: {images} images" in told and f"val: {images} images" in told and "left out: 1 images" in told
 
 
 def test_logs_and_checkpoints_can_be_left_out(root, tmp_path):

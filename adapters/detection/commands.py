@@ -24,7 +24,7 @@ from adapters.detection.files import folder_written_whole, written_whole
 from adapters.detection.images import find_images, read_images
 from adapters.detection.training import DetectionModule, DetectorConfig, load_checkpoint
 
-__all__ = ["cost", "features", "predict", "receptive_field", "run_command"]
+__all__ = ["cost", "features", "new_file", "predict", "receptive_field", "run_command"]
 
 
 def run_command(name: str, function: Callable[..., None], words: Sequence[str]) -> int:
@@ -138,7 +138,7 @@ def features(
     """
     from adapters.detection.visualize import draw_feature_maps
 
-    path = _new_file(out)
+    path = new_file(out)
     _check(num_images >= 1, f"num_images must be at least 1, got {num_images}")
     paths = find_images(images)[:num_images]
     modules = _load_all(checkpoints, device)
@@ -181,7 +181,7 @@ def receptive_field(
     from adapters.detection.receptive_field import receptive_fields, square_side
     from adapters.detection.visualize import draw_receptive_fields
 
-    table, picture = (_new_file(Path(out) / f"receptive_field.{suffix}") for suffix in ("csv", "png"))
+    table, picture = (new_file(Path(out) / f"receptive_field.{suffix}") for suffix in ("csv", "png"))
     for name, value in {
         "size": size,
         "num_images": num_images,
@@ -196,8 +196,14 @@ def receptive_field(
     for name, module in modules.items():
         print(f"{name}:")
         shown = (image for _, image in read_images(paths))
-        fields[name] = receptive_fields(module.model, shown, size=side, batch_size=batch_size, num_probes=num_probes)
-    _check(len({tuple(f.level for f in found) for found in fields.values()}) == 1, "the detectors' levels differ")
+        try:
+            fields[name] = receptive_fields(
+                module.model, shown, size=side, batch_size=batch_size, num_probes=num_probes
+            )
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+    levels = {tuple(f.level for f in found) for found in fields.values()}
+    _check(len(levels) == 1, f"the detectors have different levels: {' and '.join(map(str, sorted(levels)))}")
     columns = ("area", "side", "energy_area", "energy_side")
     rows = [
         {"detector": name, "level": field.level, "input": side} | {key: getattr(field, key) for key in columns}
@@ -257,7 +263,7 @@ def cost(
     _check((config is None) != (checkpoint is None), "give either --config or --checkpoint")
     for name, value in {"height": height, "width": width, "batch_size": batch_size, "repeats": repeats}.items():
         _check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-    path = _new_file(out) if out is not None else None
+    path = new_file(out) if out is not None else None
     where = as_device(device)
     memory = PeakMemory(where)
     module = None if checkpoint is None else _load(checkpoint, "cpu")
@@ -292,7 +298,12 @@ def _check(holds: bool, message: str) -> None:
         raise DataError(message)
 
 
-def _new_file(path: str | Path) -> Path:
+def new_file(path: str | Path) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        DataError: It is there already, or cannot be made.
+    """
     path = Path(path)
     _check(not path.exists(), f"{path} exists already, and nothing is written over: give another --out")
     _check_writable(path)

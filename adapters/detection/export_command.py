@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
+from adapters.detection.commands import new_file
 from adapters.detection.data import DataError
 from adapters.detection.export import check_fixed_steps, export_detector, export_onnx
 from adapters.detection.files import written_whole
+from adapters.detection.images import read_image
 from adapters.detection.training import load_checkpoint
 
 __all__ = ["DETAILS", "export"]
@@ -45,9 +48,7 @@ def export(
         batch_size: Number of images that the program takes. Default: any.
         image: An image to measure the residual after `num_steps` on, resized to `height` and `width`. Default: noise.
     """
-    path = Path(out)
-    if path.exists():
-        raise DataError(f"{path} exists already, and nothing is written over: give another --out")
+    path = new_file(out)
     if format not in _FORMATS:
         raise DataError(f"unknown format {format!r}: choose one of {list(_FORMATS)}")
     try:
@@ -85,12 +86,4 @@ def _example(image: str | None, size: tuple[int, int]) -> Tensor:
     """An image (1, 3, H, W), from a file or of noise."""
     if image is None:
         return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms.v2 import functional
-
-    try:
-        with Image.open(image) as opened:
-            read = functional.to_dtype(functional.pil_to_tensor(opened.convert("RGB")), torch.float32, scale=True)
-    except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise DataError(f"image {image} cannot be read: {error}") from error
-    return functional.resize(read[None], list(size), antialias=True)
+    return functional.resize(read_image(image)[None], list(size), antialias=True)

@@ -26,6 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops import boxes as box_ops
 
+from adapters.detection.data.image_files import is_too_thin
 from adapters.detection.necks import ImplicitFPN
 from adapters.detection.point_detector import PointDetector
 
@@ -46,7 +47,8 @@ class TensorDetector(nn.Module):
 
     Raises:
         TypeError: The detector is none of these, or has its own ways of turning predictions into detections.
-        ValueError: It is in training mode or not in float32 or float64, or `image_size` is not two positive numbers.
+        ValueError: It is in training mode or not in float32 or float64, or `image_size` is not two positive numbers or
+            too thin to be resized.
     """
 
     mean: Tensor
@@ -63,6 +65,11 @@ class TensorDetector(nn.Module):
         if like.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the detector's weights must be float32 or float64, got {like.dtype}")
         self.detector: Any = detector
+        if is_too_thin(*image_size, self.detector.transform.max_size):
+            raise ValueError(
+                f"image_size {tuple(image_size)} is too thin: resized to at most {self.detector.transform.max_size} "
+                "pixels, nothing is left of its shorter side"
+            )
         self.image_size = tuple(image_size)
         with torch.no_grad():
             image_list, _ = self.detector.transform([like.new_zeros(3, *image_size)])

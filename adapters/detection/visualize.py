@@ -115,11 +115,9 @@ def draw_detections(
     Returns:
         The path.
     """
-    columns = 1 + len(models)
-    figure = Figure(
-        figsize=(_IMAGE_INCHES * columns, _IMAGE_INCHES * len(images) * _aspect(images)), layout="constrained"
-    )
-    grid = figure.subplots(len(images), columns, squeeze=False)
+    columns, aspects = 1 + len(models), _aspects(images)
+    figure = Figure(figsize=(_IMAGE_INCHES * columns, _IMAGE_INCHES * sum(aspects)), layout="constrained")
+    grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=aspects)
     for row, (image, target) in enumerate(zip(images, targets, strict=True)):
         _draw_boxes(grid[row][0], image, target["boxes"], target["labels"], class_names, None)
         for column, model in enumerate(models.values(), start=1):
@@ -171,9 +169,9 @@ def draw_boxes(
     return _save(figure, path)
 
 
-def _aspect(images: Sequence[Tensor]) -> float:
-    """Height over width, mean over images."""
-    return sum(image.shape[1] / image.shape[2] for image in images) / len(images)
+def _aspects(images: Sequence[Tensor]) -> list[float]:
+    """Height over width of every image's row; of a very thin image's, what is still to be seen on one page."""
+    return [min(max(image.shape[1] / image.shape[2], 0.4), 2.5) for image in images]
 
 
 def draw_feature_maps(
@@ -202,9 +200,10 @@ def draw_feature_maps(
     titles = list(names.pop())
     shown_levels = choose_levels(titles, levels)
     num_levels = len(shown_levels)
-    rows = len(images) * len(models)
-    figure = Figure(figsize=(1.9 * (1 + num_levels) + 0.8, 1.9 * rows * _aspect(images) + 0.5), layout="constrained")
-    grid = figure.subplots(rows, 1 + num_levels, squeeze=False)
+    heights = [1.9 * aspect for aspect in _aspects(images) for _ in models]
+    # The bar beside the maps has a label of three inches.
+    figure = Figure(figsize=(1.9 * (1 + num_levels) + 0.8, max(sum(heights) + 0.5, 3.2)), layout="constrained")
+    grid = figure.subplots(len(heights), 1 + num_levels, squeeze=False, height_ratios=heights)
     shown = None
     for i, image in enumerate(images):
         for j, name in enumerate(models):

@@ -11,7 +11,7 @@ and left as it is for the evaluation, so that figures stay comparable with other
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,11 @@ class CocoDetection(Dataset):
     def num_classes(self) -> int:
         """Number of labels, the background included, as torchvision's detectors count."""
         return len(self.class_names)
+
+    def without(self, ids: Collection[Any]) -> CocoDetection:
+        """The same without the images of these ids."""
+        left = self.annotations.without(ids)
+        return CocoDetection(left, self.folder, categories=self.categories, transforms=self.transforms)
 
     def __len__(self) -> int:
         return len(self._targets)

@@ -51,9 +51,10 @@ class CocoDataModule(L.LightningDataModule):
         limit_val_images: The same for the validation.
         verify: Whether `setup` decodes every image once, to find bad ones before the training. Of several processes on
             a machine the first does so; to skip bad images all do, for all must know them.
-        bad_data: "error": an image that is missing, unreadable or not of the size in its annotation, whose entry gives
-            no size or whose xml cannot be read, or an annotation of an unknown category, is a `DataError`. "skip": it
-            is left out and counted. (Boxes without area are left out and counted in any case: COCO has some.)
+        bad_data: "error": an image that is missing, unreadable, not of the size in its annotation or too thin to be
+            resized, whose entry has no size or whose xml cannot be read, or an annotation of an unknown category, is a
+            `DataError`. "skip": it is left out and counted. (Boxes without area are left out and counted in any case:
+            COCO has some.)
         progress: Whether to show a progress bar while doing so.
 
     Attributes:
@@ -173,35 +174,45 @@ class CocoDataModule(L.LightningDataModule):
         flip = v2.RandomHorizontalFlip(self.flip_probability)
         self.train_dataset = CocoDetection(train.annotations, train.folder, categories=categories, transforms=flip)
         self.val_dataset = CocoDetection(val.annotations, val.folder, categories=categories)
-        if self.train_dataset.box_report.used == 0:
-            raise DataError(
-                f"annotation file {train.annotations.path} has no usable box for the images: nothing to train on"
-            )
-        truth = self.val_dataset.ground_truth()["annotations"]
-        if not any(not entry["iscrowd"] and min(entry["bbox"][2:]) > 0 for entry in truth):
-            raise DataError(
-                f"annotation file {val.annotations.path} has no usable box for the images: nothing to evaluate on"
-            )
+        self._check_boxes()
         self._is_set_up = True
+
+    def _check_boxes(self) -> None:
+        truth = self.val_dataset.ground_truth()["annotations"]
+        usable = {
+            "train on": (self.train_dataset, self.train_dataset.box_report.used > 0),
+            "evaluate on": (self.val_dataset, any(not e["iscrowd"] and min(e["bbox"][2:]) > 0 for e in truth)),
+        }
+        for what, (dataset, is_usable) in usable.items():
+            if not is_usable:
+                path = dataset.annotations.path
+                raise DataError(f"annotation file {path} has no usable box for the images: nothing to {what}")
 
     def refuse_thin_images(self, longest: int) -> None:
         """Nothing would be left of the shorter side of an image so long and thin: the training would end at its turn.
+
+        Under ``bad_data="skip"`` such images are left out of the data sets and counted.
 
         Args:
             longest: Limit of the longer side that images are resized to, pixels.
 
         Raises:
-            DataError: There is such an image; the message names it.
+            DataError: There is such an image, or nothing else is there to be used; the message names it.
         """
         self.setup()
-        for dataset in (self.train_dataset, self.val_dataset):
-            for image in dataset.annotations.images:
-                if is_too_thin(image["width"], image["height"], longest):
-                    size = f"{image['width']}x{image['height']}"
-                    raise DataError(
-                        f"image {dataset.folder / image['file_name']} of {size} is too thin: its longer side becomes "
-                        f"{longest}, its shorter one nothing"
-                    )
+        seen: set[Path] = set()  # one split may serve for all
+        for name in ("train_dataset", "val_dataset", "test_dataset"):
+            dataset: CocoDetection | None = self.__dict__.get(name)  # the test set where it was asked for
+            thin = {} if dataset is None else _thin_images(dataset, longest)
+            if dataset is None or not thin:
+                continue
+            faults = [fault for path, fault in thin.values() if path not in seen]
+            if self.bad_data == "error" or len(thin) == len(dataset):
+                raise DataError(next(fault for _, fault in thin.values()))
+            self._leave_out(dataset.folder.name, faults)
+            seen |= {path for path, _ in thin.values()}
+            setattr(self, name, dataset.without(thin))
+        self._check_boxes()
 
     def _usable(self, train: Split, val: Split) -> tuple[Split, Split]:
         """The splits, their images checked; bad ones raise or are left out."""
@@ -321,6 +332,19 @@ def _head(split: Split, count: int | None) -> Split:
 
 def _without(split: Split, bad: dict[Any, str]) -> Split:
     return Split(split.name, split.annotations.without(bad), split.folder) if bad else split
+
+
+def _thin_images(dataset: CocoDetection, longest: int) -> dict[Any, tuple[Path, str]]:
+    """Images that are too thin, by id: where they are, and what is wrong with them in a line."""
+    return {
+        image["id"]: (
+            path := dataset.folder / image["file_name"],
+            f"image {path} of {image['width']}x{image['height']} is too thin: its longer side becomes {longest}, its "
+            "shorter one nothing",
+        )
+        for image in dataset.annotations.images
+        if is_too_thin(image["width"], image["height"], longest)
+    }
 
 
 def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:

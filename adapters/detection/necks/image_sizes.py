@@ -28,7 +28,7 @@ def sizes_for(features: Tensor, told: ImageSizes | None) -> ImageSizes:
     Raises:
         RuntimeError: Nobody told.
     """
-    known, place = _known(features), (features.storage_offset(), *features.shape)
+    known, place = _known(features), (int(features.storage_offset()), *features.shape)
     sizes = told or known.get(place)
     if sizes is None:
         raise RuntimeError(
