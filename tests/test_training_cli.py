@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -273,6 +274,32 @@ def test_a_run_that_ends_by_the_clock_has_its_last_step(root, tmp_path, monkeypa
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert run(command(root, out, "--ckpt_path=last", every=100)) == 0
     assert losses(out) == losses(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_keeps_the_step_and_is_resumed(root, tmp_path, workers, monkeypatch, capsys):
+    """Ctrl-C goes to every process of a terminal, to those that load images as well."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(command(root, whole, every=100)) == 0
+    step, done = DetectionModule.training_step, []
+
+    def interrupted(self, batch, batch_idx):
+        done.append(batch_idx)
+        if len(done) == 3:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(DetectionModule, "training_step", interrupted)
+        run(command(root, out, f"--data.num_workers={workers}", every=100))
+    assert len(done) == 3 and capsys.readouterr().err.count("stopping after this step") == 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert run(command(root, out, "--ckpt_path=last", every=100)) == 0
+    assert losses(out) == losses(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_another_batch_size_inside_an_epoch_is_told(root, tmp_path):
