@@ -89,10 +89,10 @@ def solve(
             of one more call of f.
         callback: called with a `StepInfo` after every evaluation of the forward solve.
         sample_args: positions in ``args`` of what belongs to samples, tensors or pytrees of tensors (batch, ...);
-            ``()`` where nothing does. Once given, f is called on the samples that are still being solved alone, whenever a
-            quarter of them have ended, with those arguments cut to the same samples. For an f that is costly and
-            samples of unequal difficulty; f must then close over nothing that belongs to samples, and know them by
-            ``batch_dims=1``. It has no effect on solves that are traced, unrolled, or of a fixed number of steps.
+            ``()`` where nothing does. Once given, f is called on the samples that are still being solved, and on no
+            others, from when a quarter have ended, with those arguments cut to the same samples. For an f that is
+            costly and samples of unequal difficulty; f must then close over nothing that belongs to samples, and know
+            them by ``batch_dims=1``. It has no effect on solves that are traced, unrolled, or of a fixed number of steps.
 
     Returns:
         A `Solution`.

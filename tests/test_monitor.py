@@ -607,6 +607,20 @@ def test_a_radius_that_cannot_be_had_does_not_stop_the_training() -> None:
     assert monitor.compute()["solve/solves"] == 2 and "solve/spectral_radius_max" not in monitor.compute()
 
 
+def test_the_radius_of_a_layer_that_calls_f_with_arguments_of_its_own() -> None:
+    class Doubling(deqkit.nn.FixedPoint):
+        def forward(self, gain: Tensor) -> Tensor:
+            return super().forward(torch.zeros(2, 1), 2 * gain)
+
+    layer = Doubling(Scale())
+    monitor = deqkit.Monitor(layer, radius_every=1)
+    layer(torch.tensor([0.1, 0.2]))
+    assert monitor.compute()["solve/spectral_radius_max"] == pytest.approx(0.4)
+    assert not copy.deepcopy(layer)._listeners
+    monitor.detach()
+    assert not layer._listeners
+
+
 def test_inner_solves_for_a_radius_do_not_count() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

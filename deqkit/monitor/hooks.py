@@ -13,17 +13,24 @@ class Hook:
     """A forward hook that hands a module's last solution on. Copies and pickles of the module get one without effect.
 
     Args:
-        receive: called as ``receive(name, module, args, solution)``; None for nothing.
+        receive: called as ``receive(name, module, args, solution)``, args being what f got besides the state, where the
+            module has said so by `listen`, else None; itself None for nothing.
         name: what the module is called.
     """
 
     def __init__(self, receive: Callable[..., None] | None = None, name: str = "") -> None:
         self.receive, self.name = receive, name
+        self.args: tuple[Any, ...] | None = None
 
-    def __call__(self, module: Any, args: Any, output: Any) -> None:
+    def listen(self, args: tuple[Any, ...]) -> None:
+        """Remember what else f got in the solve of the forward call that is running."""
+        self.args = None if torch.compiler.is_compiling() else args
+
+    def __call__(self, module: Any, inputs: Any, output: Any) -> None:
         """After a forward call of ``module``."""
         if self.receive is None:
             return
+        args, self.args = self.args, None
         solution = module.last_solution
         # What is called here would break a graph that is being traced. Only a solve of a fixed number of steps can be
         # part of one.

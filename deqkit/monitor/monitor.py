@@ -115,6 +115,8 @@ class Monitor:
         self.layers = list(self._modules)
         hooks = {name: Hook(self._record_call, name) for name in self.layers}
         self._handles = [module.register_forward_hook(hooks[name]) for name, module in self._modules.items()]
+        solved = [(name, module) for name, module in self._modules.items() if isinstance(module, FixedPoint)]
+        self._handles += [module.listen(hooks[name].listen) for name, module in solved]
 
     def record(self, solution: Solution, name: str = "solve") -> None:
         """Enter a solve by hand, for calls of `deqkit.solve` outside a layer.
@@ -191,7 +193,7 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable(reason="a Monitor keeps its records outside compiled graphs")
-    def _record_call(self, name: str, module: nn.Module, args: tuple[Any, ...], solution: Solution) -> None:
+    def _record_call(self, name: str, module: nn.Module, args: tuple[Any, ...] | None, solution: Solution) -> None:
         if threading.get_ident() in self._measuring:  # an inner layer, solved for the radius of an outer one
             return
         if (latest := self._latest.get(name)) is not None and latest() is solution:  # a call without a solve
@@ -204,12 +206,11 @@ class Monitor:
             return
         if name in self._without_radius or torch.is_inference_mode_enabled() or is_capturing(device):
             return
-        # A layer with a forward of its own may call f with other arguments than it was given.
-        if not isinstance(module, FixedPoint) or type(module).forward is not FixedPoint.forward:
+        if not isinstance(module, FixedPoint) or args is None:
             return
         try:
             with _generators_kept(device):
-                radius = self._measure_radius(module, args[1:], solution)
+                radius = self._measure_radius(module, args, solution)
         except Exception as error:  # the training can do without
             self._without_radius.add(name)
             warnings.warn(f"{name}: no spectral radius: {type(error).__name__}: {error}", UserWarning, stacklevel=2)

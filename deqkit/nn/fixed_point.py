@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from deqkit.adjoints import Adjoint
 from deqkit.api import solve
@@ -102,6 +104,7 @@ class FixedPoint(nn.Module):
         self.has_aux, self.warm_start = has_aux, warm_start
         self.sample_args = tuple(sample_args) if isinstance(sample_args, Iterable) else sample_args
         self.num_monitors = 0
+        self._listeners: dict[int, Callable[[tuple[Any, ...]], None]] = OrderedDict()  # told the args of every solve
         self._is_checked = not check
         hold_parametrizations(module)
         self._check_settings()
@@ -143,8 +146,25 @@ class FixedPoint(nn.Module):
         start = self._start(x0) if self.warm_start else x0
         solution = solve(self.module, start, args=args, **self.settings)
         self._last_solution = solution.detach()
+        for listener in self._listeners.values():
+            listener(args)
         out = [*solution.states.values(), solution.value] if self.keep else solution.value
         return (out, solution.aux) if self.has_aux else out
+
+    def listen(self, listener: Callable[[tuple[Any, ...]], None]) -> RemovableHandle:
+        """Have a function told what ``args`` the module was called with, after every solve.
+
+        A subclass may call it with others than its own forward method gets. Copies and pickles know no listeners.
+
+        Args:
+            listener: called as ``listener(args)``.
+
+        Returns:
+            A handle, whose ``remove()`` ends it.
+        """
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = listener
+        return handle
 
     def reset(self) -> None:
         """Forget the last solution, and with it the warm start."""
@@ -184,7 +204,7 @@ class FixedPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solution out of copies and pickles: it reports on a batch, it is not the model."""
-        return self.__dict__ | {"_last_solution": None, "num_monitors": 0}
+        return self.__dict__ | {"_last_solution": None, "num_monitors": 0, "_listeners": OrderedDict()}
 
     def extra_repr(self) -> str:
         """Settings shown by print()."""
