@@ -92,7 +92,7 @@ def solve(
             ``()`` where nothing does. Once given, f is called on the samples that are still being solved, and on no
             others, from when a quarter have ended, with those arguments cut to the same samples. For an f that is
             costly and samples of unequal difficulty; f must then close over nothing that belongs to samples, and know
-            them by ``batch_dims=1``. It has no effect on solves that are traced, unrolled, or of a fixed number of steps.
+            them by ``batch_dims=1``. No effect on solves that are traced, unrolled, or of a fixed number of steps.
 
     Returns:
         A `Solution`.

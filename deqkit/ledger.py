@@ -178,6 +178,11 @@ class Ledger:
         self.outside = self.active & not_finite & (self.best_distance < torch.inf) & (self.retreats < _MAX_RETREATS)
         self.retreats = (self.retreats + 1) * self.outside
 
+    def shown(self) -> tuple[Array, Array]:
+        """Residual and scale of the present points, those of the best one where f may not be called any more."""
+        residual = arrays.where(self.was_active, self.residual, self.best_residual)
+        return residual, arrays.where(self.was_active, self.scale, self.best_scale)
+
     def look(self, step: int, x: Blocks, r: Blocks, check_every: int) -> Look:
         """Settle the best point now that ``x`` is recorded, and say how the batch stands, as far as is known.
 

@@ -288,19 +288,18 @@ class Scaling:
 def unit_scaling(a: Blocks, allowed: Array = None) -> Scaling:
     """What makes every sample a unit vector, as a constant; good where ``allowed`` (B,) and the factor is a number."""
     dtype = a[0].dtype
-    with arrays.quiet():
-        size = sizes((a,))[0]
-        if arrays.free_to_look(a[0].device):
-            size = arrays.on_host(size)
-        inverse = 1 / size
-        tiny, huge = _RANGES[dtype]
-        good = (inverse >= tiny) & (inverse <= huge)  # not so for size inf or NaN
-        good = good if allowed is None else good & arrays.placed(allowed, good)
-        if arrays.known_all(good):
-            good = None
-        else:
-            inverse = arrays.where(good, inverse, 0.0)
-        return Scaling(arrays.as_tensor(inverse[:, None], a[0]).to(dtype), good)
+    size = sizes((a,))[0]
+    if arrays.free_to_look(a[0].device):
+        size = arrays.on_host(size)
+    inverse = 1 / size
+    tiny, huge = _RANGES[dtype]
+    good = (inverse >= tiny) & (inverse <= huge)  # not so for size inf or NaN
+    good = good if allowed is None else good & arrays.placed(allowed, good)
+    if arrays.known_all(good):
+        good = None
+    else:
+        inverse = arrays.where(good, inverse, 0.0)
+    return Scaling(arrays.as_tensor(inverse[:, None], a[0]).to(dtype), good)
 
 
 def inverse_size(size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

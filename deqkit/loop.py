@@ -36,7 +36,7 @@ class StepInfo:
     Attributes:
         step: solver steps taken so far; 0 at x0.
         value: the point evaluated, of x0's structure. Frozen samples show their best point.
-        residual: |f(x) - x|, batch.
+        residual: |f(x) - x|, batch. Frozen samples show that of their best point, as it was when they ended.
         relative_residual: residual / |f(x)|, batch.
         active: which samples were still being solved, bool, batch.
     """
@@ -115,14 +115,18 @@ def run(
             break
         if shrinks and not look.all_active:
             solve.let_go(ledger.active, width)
-        new = solve.step(ledger.inside(point) if look.any_outside else point)
+        with arrays.quiet():
+            new = solve.step(ledger.inside(point) if look.any_outside else point)
         if look.any_outside:
             new = ledger.retreat(new)
         new = f.layout.round(new)
         x = new if look.all_active else ledger.freeze(new)
     assert ledger is not None and point is not None
     result = ledger.result(kept)
-    return result if recorder is None else replace(result, record=recorder.conclude(point))
+    if recorder is None:
+        return result
+    with arrays.quiet():
+        return replace(result, record=recorder.conclude(point))
 
 
 def _keeps_books_on_host(f: Evaluator, solver: Solver, termination: Termination) -> bool:
@@ -135,7 +139,8 @@ def _keeps_books_on_host(f: Evaluator, solver: Solver, termination: Termination)
 
 def _tell(callback: Callable[[StepInfo], None], f: Evaluator, step: int, x: Blocks, ledger: Ledger) -> None:
     per_sample, dtype = f.layout.per_sample, f.layout.dtype
-    sizes = (ledger.residual, relative(ledger.residual, ledger.scale), ledger.was_active)
+    residual, scale = ledger.shown()
+    sizes = residual, relative(residual, scale), ledger.was_active
     residual, relative_residual, active = (per_sample(arrays.as_tensor(a, x[0])) for a in sizes)
     versions = versions_of(x)
     own = residual.to(dtype, copy=True), relative_residual.to(dtype), active.clone()

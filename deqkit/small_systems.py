@@ -54,7 +54,8 @@ class BorderedInverse:
             column: its last column, (B, n + 1).
 
         Returns:
-            Which were bordered (B,). The others got a row and a column of the identity.
+            Which were bordered (B,). The others got a row and a column of the identity, and what is appended later is
+            to be zero there.
         """
         n = self.count
         c, corner = column[:, :n], column[:, n]

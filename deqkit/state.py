@@ -292,16 +292,8 @@ class Evaluator:
         return other
 
     def narrowed(self, index: Tensor) -> Evaluator:
-        """The same map for some samples alone, with a count of its own.
-
-        Raises:
-            NotImplementedError: f draws masks, which it would draw anew for fewer samples.
-        """
+        """The same map for some samples alone, with a count of its own."""
         assert self.sample_args is not None
-        if self.masks:
-            raise NotImplementedError(
-                "sample_args does not go with VariationalDropout in training mode: a mask is for the whole batch"
-            )
         pick = functools.partial(torch.index_select, dim=0, index=index)
         args = (tree_map(pick, a) if i in self.sample_args else a for i, a in enumerate(self.args))
         other = self.with_args(tuple(args))
@@ -319,6 +311,7 @@ class Evaluator:
 
         Raises:
             RuntimeError: f changed its first argument in place.
+            NotImplementedError: f draws masks, which it would draw anew for fewer samples.
         """
         versions = versions_of(x)
         self.num_calls += 1
@@ -330,6 +323,10 @@ class Evaluator:
                 fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
+        if self.masks and self.sample_args is not None:  # at once, and not only where samples are let go
+            raise NotImplementedError(
+                "sample_args does not go with VariationalDropout in training mode: a mask is for the whole batch"
+            )
         return primal(fx) if self.drops_tangents else fx
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any] | None:

@@ -146,11 +146,58 @@ def test_a_module_hands_it_on() -> None:
     assert layer.module.sizes[0] == N and layer.module.sizes[-1] <= 4  # pyright: ignore
 
 
-def test_masks_are_refused() -> None:
+@pytest.mark.parametrize("num_samples", [1, N])
+def test_masks_are_refused(num_samples: int) -> None:
+    """Whether or not there are samples to let go: a setting that fails for some batches alone would be found late."""
     x0, sample = batch()
+    x0, sample = x0[:num_samples], {k: v[:num_samples] for k, v in sample.items()}
     drop = VariationalDropout(0.2)
     with pytest.raises(NotImplementedError, match="VariationalDropout"):
         deqkit.solve(lambda x, s: f(drop(x), s), x0, args=(sample,), sample_args=(0,))
+
+
+def test_a_callback_is_told_how_samples_ended_that_were_let_go() -> None:
+    """f is not called on them any more: they have no residual of zero for that."""
+    x0, sample = batch()
+    told: list[deqkit.StepInfo] = []
+    settings: dict[str, Any] = {"args": (sample,), "solver": "fixed_point", "rtol": 1e-6, "max_steps": 600}
+    sol = deqkit.solve(f, x0, sample_args=(0,), callback=told.append, **settings)
+    last = told[-1]
+    assert last.active.sum() <= 4 and (sol.residual > 0).all()
+    torch.testing.assert_close(last.residual, sol.residual)
+    torch.testing.assert_close(last.relative_residual, sol.relative_residual)
+
+
+SOME = [*SOLVERS[1:7], deqkit.Anderson(type=1, history=2), deqkit.Broyden(history=2), deqkit.Anderson(ridge=0.0)]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("sample_args", [None, (0,)])
+@pytest.mark.parametrize("solver", SOME, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_books_on_the_host_keep_quiet(
+    solver: deqkit.Solver, dtype: torch.dtype, sample_args: tuple[int, ...] | None
+) -> None:
+    """NumPy warns of what is not finite, and such samples are the solver's business alone."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(8, 6, 6, generator=generator, dtype=dtype) / 6**0.5
+    matrix *= torch.linspace(0.0, 3.0, 8, dtype=dtype).view(-1, 1, 1)
+    b = torch.randn(8, 6, generator=generator, dtype=dtype)
+    b[0] *= 1e30
+    b[1, 0], b[2, 0] = torch.nan, torch.inf
+
+    def g(x: Tensor, sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        matrix, b, number = sample
+        y = torch.einsum("bij,bj->bi", matrix, x) + b
+        for i, other in {3: y * 1e30, 4: 1 / x, 6: torch.sqrt(x - 0.5)}.items():
+            y = torch.where((number == i).unsqueeze(1), other, y)
+        return y
+
+    x0, args = torch.full((8, 6), 0.7, dtype=dtype), ((matrix, b, torch.arange(8)),)
+    with torch.no_grad():
+        sol = deqkit.solve(g, x0, args=args, solver=solver, max_steps=40, sample_args=sample_args, on_failure="ignore")
+    assert sol.status[1] == sol.status[2] == deqkit.Status.NONFINITE and sol.converged[0]
+    assert sol.value.isfinite().all()
 
 
 @pytest.mark.parametrize(
