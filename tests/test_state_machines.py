@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import deqkit
-from deqkit import Status, linalg
+from deqkit import Status, arrays, linalg
 from deqkit.ledger import Ledger, LoopResult
 from deqkit.linalg import History, Scaling
 from deqkit.solvers.base import Measured, Point
@@ -135,8 +135,9 @@ class MultisecantMachine(RuleBasedStateMachine):
         given, one = torch.tensor(distance).double().masked_fill(~self.active, 1.0), torch.ones(B).double()
         fx = tuple(a + b for a, b in zip(x, r, strict=True))
         point = Point(x, fx, r, Measured(one, given, one, self.active.clone()), 100, 1e-16)
-        record = copy.deepcopy(self.state).conclude(point) if self.state.recording else None
-        new = joined(self.state.step(point))
+        with arrays.quiet():  # as the loop does
+            record = copy.deepcopy(self.state).conclude(point) if self.state.recording else None
+            new = joined(self.state.step(point))
         at, residual = joined(x), joined(r)
         for i in range(B):
             if not self.active[i]:
