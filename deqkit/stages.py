@@ -68,8 +68,8 @@ def run(
             break
         steps, done = int(left[failed].max()), int(result.num_steps.max())
         patient = replace(termination, patience=patience_for(steps, stage.blind_steps))
-        if i < len(others):  # another one is waiting
-            patient = replace(patient, outlook=outlook_for(steps, stage.blind_steps))
+        if i < len(others):  # another one is waiting; what failed before is hard, and takes longer to judge
+            patient = replace(patient, outlook=2 * outlook_for(steps, stage.blind_steps))
         later = loop.run(
             f, result.x, stage, patient, max_steps=steps, norm=norm, active=failed, limits=left, trace=trace,
             keep=_later_steps(keep, result.num_steps[failed]), callback=_counting_on(callback, done),

@@ -8,7 +8,7 @@ A sample is done when |f(x) - x| <= atol + rtol |f(x)|. It is given up early
 * as stagnated, when in the last `patience` steps the best distance from the tolerance has not shrunk by even
   `min_progress`;
 * as stagnated, too, where another solver is waiting for it, when at the pace of the last `outlook` steps it would not
-  get there in twice the steps that are left.
+  get there in six times the steps that are left.
 
 Where a norm tells several parts of the state apart, the part farthest from its tolerance speaks for the sample.
 
@@ -115,6 +115,9 @@ def outlook_for(max_steps: int, blind_steps: int = 0) -> int:
     return max(10, max_steps // 8, 2 * blind_steps)
 
 
+_HASTE = 6  # how much quicker a sample may become than it is: accelerated solvers do, the closer they get
+
+
 class Patience:
     """Per-sample memory of the divergence and stagnation tests; all arrays (B,)."""
 
@@ -150,4 +153,4 @@ class Patience:
         if outlook is None or len(self.bests) <= outlook:
             return None
         pace = arrays.log(self.bests[-1 - outlook] / self.bests[-1]) / outlook
-        return arrays.log(self.bests[-1]) > 2 * pace * steps_left
+        return arrays.log(self.bests[-1]) > _HASTE * pace * steps_left

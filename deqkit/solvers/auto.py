@@ -17,7 +17,7 @@ class Auto(Solver):
 
     Where f contracts, Anderson needs the fewest steps; where it expands, Broyden gets through more often; close to a
     singular Jacobian Newton-Krylov does. A sample is handed on when a solver diverges or stagnates on it, and by all
-    but the last also when at its present pace it would not get there in twice the steps that are left. It has
+    but the last also when at its present pace it would not get there in six times the steps that are left. It has
     `max_steps` in all.
 
     A later solver starts from the best point of those before and knows nothing of their history: each sample still
