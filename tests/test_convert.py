@@ -78,7 +78,7 @@ def batch_of_targets():
 def test_convert_every_detector_and_train(name):
     model = DETECTORS[name]()
     fpn = model.backbone.fpn
-    settings = {"solver": "anderson", "max_steps": 40}
+    settings = {"preset": "accurate", "solver": "anderson", "max_steps": 40}
     assert convert_fpn_(model, **settings) is model
     neck = model.backbone.fpn
     assert isinstance(neck, ImplicitFPN) and neck.inner_blocks is fpn.inner_blocks and neck.training

@@ -54,10 +54,11 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
     plain FPN. This is the default for `LastLevelMaxPool` (Faster R-CNN).
 
     How the fixed point is solved for is a matter of `preset` and the settings after it. The default is "fast": Anderson
-    with a short history until the residual is 1e-2 of P* on every level, forward and backward, in 20 steps at most (at
-    the start of training it takes 10); `PRESETS` tells what it rests on. "paper" is Broyden with 15 steps forward and
-    backward and 7 in eval mode. The norm is "leaf_max" because the finest level holds three quarters of the state: a
-    single l2 norm hides coarse levels that are not solved.
+    with a short history until the residual is 0.15 of P* on every level (3 or 4 steps at the start of training), and
+    two terms of Neumann's series backward, an approximate gradient. "accurate" solves to 1e-2, forward and backward
+    (10 steps), and is the default where an `rtol` is given. "paper" is Broyden with 15 steps forward and backward and 7
+    in eval mode. `PRESETS` tells what they rest on. The norm is "leaf_max" because the finest level holds three
+    quarters of the state: a single l2 norm hides coarse levels that are not solved.
 
     Under autocast the laterals and G run in the lower precision, while state and output are float32, because
     anchors take the dtype of the features. G is then known to the resolution of the lower precision only, so
@@ -84,7 +85,8 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         unroll: Number k of steps P <- G(P + B) from P = 0 to take and to differentiate through, without a solver
             (the paper's Table 2). 0 gives B itself, and there is no G. `norm` and `on_failure` then have no meaning, as
             nothing is solved for. None: the fixed point.
-        preset: Where the five settings after it come from if they are not given: "fast" or "paper" (see `PRESETS`).
+        preset: Where the five settings after it come from if they are not given: "fast", "accurate" or "paper" (see
+            `PRESETS`). None: "fast", or "accurate" where `rtol` is given.
         solver: Solver of the forward pass, a name or a solver object of `deqkit`.
         adjoint: How the fixed point is differentiated, a name or an adjoint object of `deqkit`.
         rtol: A sample is solved when |G(P + B) - P| <= rtol * |G(P + B)|.
