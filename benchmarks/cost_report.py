@@ -36,7 +36,7 @@ def cost_tables(rows: Sequence[Row]) -> list[str]:
     """Two tables per detector, size and device: what it costs, and what G was called for."""
     tables = []
     for (detector, size, device), mine in groups(rows).items():
-        title = f"{detector}, {mine[0].backbone}, {size} px, {mine[0].images} per batch, {device}"
+        title = f"{detector}, {mine[0].backbone}, {size} px, {mine[0].images} per batch, {device}, {mine[0].weights}"
         tables.append(f"{title} (x: over the explicit FPN)\n{_cost_table(mine)}")
         tables.append(f"Calls of G per batch (the implicit necks of {title})\n{_calls_table(mine)}")
     return tables
@@ -63,7 +63,7 @@ def _cost_table(rows: Sequence[Row]) -> str:
 
 def _calls_table(rows: Sequence[Row]) -> str:
     header = [
-        "neck", "steps", "converged", "evaluations", "adjoint steps", "converged", "products", "for weights",
+        "neck", "steps", "converged", "evaluations", "adjoint steps", "converged", "products", "for weights", "in all",
         "inference: steps", "converged", "evaluations",
     ]  # fmt: skip
     lines = []
@@ -72,8 +72,8 @@ def _calls_table(rows: Sequence[Row]) -> str:
             lines.append([
                 row.neck, _known(row.steps, ".1f"), _known(row.converged, ".0%"), str(row.forward_calls),
                 _known(row.adjoint_steps, ".1f"), _known(row.adjoint_converged, ".0%"), str(row.backward_calls),
-                str(row.weight_calls), _known(row.infer_steps, ".1f"), _known(row.infer_converged, ".0%"),
-                str(row.infer_calls),
+                str(row.weight_calls), str(row.equivalents), _known(row.infer_steps, ".1f"),
+                _known(row.infer_converged, ".0%"), str(row.infer_calls),
             ])  # fmt: skip
     return format_table(header, lines)
 
@@ -104,7 +104,7 @@ def verdicts(rows: Sequence[Row], by_steps: Sequence[StepRow]) -> list[str]:
     for (detector, size, device), mine in groups(rows).items():
         named = {row.neck: row for row in mine}
         aimed = (detector, mine[0].backbone) == ("retinanet", "resnet50")
-        head = f"{detector}, {size} px, {device}: "
+        head = f"{detector}, {size} px, {device}, {mine[0].weights}: "
         for neck, target in TRAINING.items():
             if neck in named:
                 row = named[neck]

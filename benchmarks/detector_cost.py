@@ -26,15 +26,33 @@ _SHORT = deqkit.Anderson(history=3)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     EXPLICIT: {},
     "unroll-2": {"unroll": 2},
-    "phantom": {"preset": "fast", "adjoint": "phantom"},
-    "neumann": {"preset": "fast", "adjoint": deqkit.NeumannAdjoint(num_terms=3)},
+    "phantom": {"preset": "accurate", "adjoint": "phantom"},
+    "neumann": {"preset": "accurate", "adjoint": deqkit.NeumannAdjoint(num_terms=3)},
     "fast": {"preset": "fast"},
+    "accurate": {"preset": "accurate"},
     "anderson": {
         "solver": _SHORT, "rtol": 1e-3, "max_steps": 50, "adjoint": deqkit.ImplicitAdjoint(_SHORT, rtol=1e-3),
     },
     "paper": {"preset": "paper"},
 }  # fmt: skip
 """Settings of the neck by name: G is the same, and how its fixed point is found and differentiated differs."""
+
+
+def _loose(rtol: float, adjoint: Any) -> dict[str, Any]:
+    """The preset "fast" to another tolerance with another adjoint."""
+    return {"preset": "fast", "rtol": rtol, "adjoint": adjoint}
+
+
+CANDIDATES: Mapping[str, Mapping[str, Any]] = {
+    "3e-2/1e-1": _loose(3e-2, deqkit.ImplicitAdjoint(_SHORT, rtol=1e-1)),
+    "1e-1/1e-1": _loose(1e-1, deqkit.ImplicitAdjoint(_SHORT, rtol=1e-1)),
+    "3e-2/neumann-3": _loose(3e-2, deqkit.NeumannAdjoint(num_terms=3)),
+    "1e-1/neumann-3": _loose(1e-1, deqkit.NeumannAdjoint(num_terms=3)),
+    "1e-1/neumann-2": _loose(1e-1, deqkit.NeumannAdjoint(num_terms=2)),
+    "1e-1/jfb": _loose(1e-1, "jfb"),
+}
+"""What "fast" could be: its solver to a looser tolerance, with a looser or a cheaper adjoint."""
+ALL_VARIANTS: Mapping[str, Mapping[str, Any]] = {**VARIANTS, **CANDIDATES}
 
 SOLVE_SETTINGS = ("unroll", "preset", "solver", "adjoint", "rtol", "max_steps", "eval_max_steps")
 BOXES = 8  # per image
@@ -85,7 +103,7 @@ class Subject:
 
     Args:
         config: the detector; settings of the neck that say how to solve are those of the variant.
-        variant: a name in `VARIANTS`.
+        variant: a name in `ALL_VARIANTS`.
         images: maps (3, H, W) in 0..1, on the device to run on.
         seed: of the weights, of the boxes to find, and of what a detector draws in training.
         weights: state dict of a trained detector; the explicit FPN takes what fits.
@@ -97,7 +115,7 @@ class Subject:
     ) -> None:  # fmt: skip
         self.variant, self.images, self.seed, self.device = variant, list(images), seed, images[0].device
         design = {name: value for name, value in config.neck_settings.items() if name not in SOLVE_SETTINGS}
-        neck = {} if variant == EXPLICIT else {**design, **VARIANTS[variant]}
+        neck = {} if variant == EXPLICIT else {**design, **ALL_VARIANTS[variant]}
         config = replace(config, neck="fpn" if variant == EXPLICIT else "ifpn", neck_settings=neck)
         self.config = config
         torch.manual_seed(seed)
@@ -152,12 +170,12 @@ class Subject:
 
     def count(self, action: str) -> tuple[Calls, dict[str, float]]:
         """What "train_step" or "infer" calls G for, and its MACs per image by module ("" is all of them)."""
-        with _counted_calls(self.neck) as counted:
+        with counted_calls(self.neck) as counted:
             macs = count_macs(getattr(self, action))
         return self._calls(counted), {name: value / len(self.images) for name, value in macs.items()}
 
-    def _calls(self, counted: _Counted) -> Calls:
-        calls = Calls(forward=counted.forward, backward=sum(counted.products), weights=sum(map(bool, counted.products)))
+    def _calls(self, counted: Counted) -> Calls:
+        calls = counted.calls
         solution = getattr(self.neck, "last_solution", None)
         if solution is None:
             return calls
@@ -230,17 +248,22 @@ def _mean(x: Tensor) -> float:
 
 
 @dataclass
-class _Counted:
+class Counted:
     """Evaluations of G; for those with a graph, the products that were taken with it."""
 
     forward: int = 0
     products: list[int] = field(default_factory=list)
 
+    @property
+    def calls(self) -> Calls:
+        """All of them."""
+        return Calls(forward=self.forward, backward=sum(self.products), weights=sum(map(bool, self.products)))
+
 
 @contextmanager
-def _counted_calls(neck: Any) -> Any:
-    """Counts evaluations of G and gradients that pass through them, from outside."""
-    counted = _Counted()
+def counted_calls(neck: Any, counted: Counted | None = None) -> Any:
+    """Counts evaluations of G and gradients that pass through them, from outside; on request in what is there."""
+    counted = Counted() if counted is None else counted
 
     def evaluated(module: Any, args: Any, output: Any) -> None:
         counted.forward += 1

@@ -50,8 +50,9 @@ CLASSES, HEIGHT, WIDTH = 81, 800, 1344
 REFERENCE, REFERENCE_SECONDS = "t1_retinanet_fpn", 0.200
 PAPERS_FACTOR = 6.0
 ROIS = 512  # Faster R-CNN trains on as many per image
-# Evaluations and vector-Jacobian products of a training step, as measured (`adapters/detection/necks/iteration.py`).
-SOLVES = {"fast": (11, 11), "paper": (17, 16)}
+# Evaluations and vector-Jacobian products of a training step, the product that goes on to the weights included, as
+# `train_cost.py` counts them; those that have a tolerance with random weights.
+SOLVES = {"fast": (5, 2), "accurate": (10, 12), "paper": (17, 17)}
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@
 The detectors are those of the recipes `t1_*`: as in training from ImageNet's weights, the norms of the backbone are
 frozen, and so are its first layers. Weights are random, drawn as the builders do, and the frozen norms get the
 statistics of the images, which are noise. How many steps a tolerance takes depends on the weights: a trained detector
-(``--checkpoint``) may need others. Rounds go through all necks, forwards and backwards in turn; ratios are to the
-explicit FPN of the same round, medians over the rounds. On a CPU those of processor time are given, too: where others
-use the machine, they are the ones to trust.
+(``--checkpoint``) may need others, and every verdict says which weights it is for. Rounds go through all necks,
+forwards and backwards in turn; ratios are to the explicit FPN of the same round, medians over the rounds. On a CPU
+those of processor time are given, too: where others use the machine, they are the ones to trust.
 
     fpn        explicit
     unroll-2   P <- G(P + B) twice, differentiated through
-    phantom    the solve of "fast", 5 damped steps differentiated
-    neumann    the solve of "fast", 3 terms of Neumann's series
-    fast       the default preset: Anderson to 1e-2, forward and backward
+    phantom    the solve of "accurate", 5 damped steps differentiated
+    neumann    the solve of "accurate", 3 terms of Neumann's series
+    fast       the default preset: Anderson to 0.15, 2 terms of Neumann's series
+    accurate   Anderson to 1e-2, forward and backward
     anderson   the same to 1e-3
     paper      Broyden, 15 steps forward and backward, 7 in inference
 
+``--neck`` also takes what "fast" could be: `CANDIDATES` of `detector_cost.py`, by forward tolerance and adjoint.
 MACs are those of convolutions and matrix products as carried out. Memory is that of tensors, weights and momentum
 included (`tensor_memory.py`), and, on a CPU, what the process grows by.
 """
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import tensor_memory  # noqa: F401  before torch: it quietens the profiler
 import torch
 from cost_report import cost_tables, memory_table, plot_cost, verdicts
-from detector_cost import EXPLICIT, VARIANTS, Calls, Lap, Subject
+from detector_cost import ALL_VARIANTS, EXPLICIT, VARIANTS, Calls, Lap, Subject
 from options import parse_steps
 from reporting import DetectorError, describe, run_record, write_csv, write_json
 from sizing import SOLVES, settings_of, size_recipe
@@ -50,7 +52,7 @@ from adapters.detection.images import find_images, read_images
 from adapters.detection.training import DetectorConfig, load_checkpoint
 
 DETECTORS = ("retinanet", "fasterrcnn", "fcos", "atss", "autoassign")
-STEPPED = ("unroll-2", "fast", "paper")
+STEPPED = ("unroll-2", "fast", "accurate", "paper")
 RECIPES_CALLS = sum(SOLVES["paper"]) + 1  # of G, that `sizing` counts for the training step of an implicit recipe
 
 
@@ -61,10 +63,11 @@ class Row:
     Attributes:
         detector: its name.
         backbone: of the detector.
-        neck: a name in `VARIANTS`.
+        neck: a name in `ALL_VARIANTS`.
         image_size: shorter side, pixels.
         images: in a batch.
         device: where it ran.
+        weights: "random weights" or the checkpoint's.
         train_seconds: of a training step: forward, losses, backward, optimiser.
         train_ratio: to the explicit FPN's.
         train_processor_ratio: of the processor time, to the explicit FPN's; NaN on CUDA.
@@ -100,6 +103,7 @@ class Row:
     image_size: int
     images: int
     device: str
+    weights: str
     train_seconds: float
     train_ratio: float
     train_processor_ratio: float
@@ -127,6 +131,11 @@ class Row:
     memory_ratio: float
     infer_memory: int
     process_memory: int | None
+
+    @property
+    def equivalents(self) -> int:
+        """What a training step calls G for, in evaluations of it; see `Calls`."""
+        return self.forward_calls + self.backward_calls + self.weight_calls
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,9 @@ def compare(subjects: Mapping[str, Subject], rounds: int, tick: Callable[[], Any
 
 
 def measure(
-    detector: str, size: int, subjects: Mapping[str, Subject], rounds: int, recipe: str | None, tick: Callable[[], Any]
-) -> list[Row]:
+    detector: str, size: int, subjects: Mapping[str, Subject], rounds: int, recipe: str | None,
+    tick: Callable[[], Any], weights: str,
+) -> list[Row]:  # fmt: skip
     """All figures of all subjects; the explicit one comes first.
 
     Args:
@@ -188,6 +198,7 @@ def measure(
         rounds: of timing.
         recipe: name of the recipe for the MACs at full size, without neck; None for none.
         tick: called after every training step and every inference.
+        weights: what they are called.
     """
     counted, memory, process = {}, {}, {}
     for name, subject in subjects.items():
@@ -202,7 +213,7 @@ def measure(
         train, infer = laps["train_step"], laps["infer"]
         own = counted[name]
         rows.append(Row(
-            detector, subject.config.backbone, name, size, len(subject.images), str(subject.device),
+            detector, subject.config.backbone, name, size, len(subject.images), str(subject.device), weights,
             *_times(train[name], train[EXPLICIT], subject.device), own.train_macs[""] / 1e9,
             own.train_macs[""] / explicit.train_macs[""], full.get(name, float("nan")), _share(train[name]),
             *_times(infer[name], infer[EXPLICIT], subject.device), own.infer_macs[""] / 1e9,
@@ -260,7 +271,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", choices=DETECTORS, action="append", help="repeatable; default: retinanet")
     parser.add_argument("--all", action="store_true", help="all five detectors")
-    parser.add_argument("--neck", choices=list(VARIANTS), action="append", help="beside fpn; repeatable; default: all")
+    parser.add_argument(
+        "--neck", choices=list(ALL_VARIANTS), action="append", metavar="NAME",
+        help=f"beside fpn; repeatable; {', '.join(ALL_VARIANTS)}; default: {', '.join(VARIANTS)}",
+    )  # fmt: skip
     parser.add_argument("--image-size", type=int, action="append", help="pixels; repeatable; default: 256")
     parser.add_argument("--images", type=int, default=2, help="in a batch; default: 2, as in the recipes")
     parser.add_argument("--device", choices=("cpu", "cuda"), action="append", help="default: both, where present")
@@ -331,7 +345,8 @@ def _pictures(args: argparse.Namespace) -> list[Tensor] | None:
 
 def run(args: argparse.Namespace, devices: Sequence[torch.device]) -> tuple[list[Row], list[StepRow]]:
     """All comparisons."""
-    necks = [name for name in VARIANTS if name == EXPLICIT or name in (args.neck or VARIANTS)]
+    necks = [name for name in ALL_VARIANTS if name == EXPLICIT or name in (args.neck or VARIANTS)]
+    weights = f"weights of {args.checkpoint.name}" if args.checkpoint else "random weights"
     each = len(necks) * (1 + 2 * args.rounds)
     total = len(devices) * (len(args.plan) * each + len(args.steps) * len(set(STEPPED) & set(necks)))
     rows: list[Row] = []
@@ -344,7 +359,7 @@ def run(args: argparse.Namespace, devices: Sequence[torch.device]) -> tuple[list
                 images = [image.to(device) for image in args.batch or noise(args.images, size, size, "cpu", args.seed)]
                 subjects = {name: Subject(config, name, images, args.seed, args.weights) for name in necks}
                 recipe = None if args.checkpoint or args.quick else f"t1_{detector}"
-                found = measure(detector, size, subjects, args.rounds, recipe, bar.update)
+                found = measure(detector, size, subjects, args.rounds, recipe, bar.update, weights)
                 rows += found
                 if i == 0:
                     by_steps += sweep(detector, size, subjects, args.steps, found[0].train_memory, bar.update)

@@ -57,7 +57,13 @@ def test_what_an_operator_takes_inside_is_seen(modules):
     assert peak >= 3 * 4e6  # product, values, and more than the values for the indices
 
 
-EXPECTED = {"unroll-2": (2, 2, 2), "neumann": (None, 3, 1), "phantom": (None, 5, 5), "paper": (17, 17, 1)}
+EXPECTED = {
+    "unroll-2": (2, 2, 2),
+    "neumann": (None, 3, 1),
+    "fast": (None, 2, 1),
+    "phantom": (None, 5, 5),
+    "paper": (17, 17, 1),
+}
 
 
 def test_calls_agree_with_macs(modules):
@@ -65,7 +71,7 @@ def test_calls_agree_with_macs(modules):
     _, explicit = subject(modules, "fpn").count("train_step")
     _, explicit_inference = subject(modules, "fpn").count("infer")
     outputs = sum(explicit_inference[f"backbone.fpn.layer_blocks.{i}"] for i in range(3))
-    for name in ("unroll-2", "neumann", "phantom", "fast", "paper"):
+    for name in ("unroll-2", "neumann", "phantom", "fast", "accurate", "paper"):
         s = subject(modules, name)
         infer, inference_macs = s.count("infer")
         train, macs = s.count("train_step")
@@ -75,7 +81,7 @@ def test_calls_agree_with_macs(modules):
         if name in EXPECTED:
             calls = (train.forward, train.backward, train.weights)
             assert all(e in (None, c) for e, c in zip(EXPECTED[name], calls, strict=True))
-        if name in ("fast", "paper"):
+        if name in ("accurate", "paper"):
             stats = s.neck.last_solution.adjoint_stats
             assert train.backward == stats.num_fn_evals + 1 and train.adjoint_steps == stats.num_steps.double().mean()
     assert (infer.forward, infer.steps, infer.backward) == (8, 7.0, 0)  # of "paper"
@@ -86,21 +92,22 @@ def test_memory_is_flat_but_for_unrolling(modules):
     """One evaluation of G is kept whatever the number of steps; a history is full after so many as it holds."""
     frozen = {"frozen_norm": True, "trainable_backbone_layers": 0}  # else its weights' momentum would be most of it
     growth = {}
-    for name, steps in (("unroll-2", (4, 12)), ("fast", (4, 12)), ("paper", (16, 24))):
+    for name, steps in (("unroll-2", (4, 12)), ("fast", (4, 12)), ("accurate", (4, 12)), ("paper", (16, 24))):
         s = subject(modules, name, size=128, **frozen)
         before, after = (s.peak_of_training(k) for k in steps)
         growth[name] = after - before
     state = 32 * 4 * sum((128 // 2**level) ** 2 for level in range(3, 8))
-    assert growth["fast"] == 0
+    assert growth["fast"] == growth["accurate"] == 0
     assert growth["paper"] <= 2 * state  # the step with which its history is full
     assert growth["unroll-2"] > 8 * 2 * state  # several maps per evaluation
 
 
 def test_steps_are_those_asked_for(modules):
-    for name, calls in (("unroll-2", 5), ("fast", 7), ("paper", 7)):
+    for name, calls in (("unroll-2", 5), ("fast", 7), ("accurate", 7), ("paper", 7)):
         s = subject(modules, name)
         counted, _ = s.copy(5).count("train_step")
-        assert counted.forward == calls and (name == "unroll-2" or counted.steps == counted.adjoint_steps == 5)
+        assert counted.forward == calls and (name == "unroll-2" or counted.steps == 5)
+        assert name in ("unroll-2", "fast") or counted.adjoint_steps == 5
         assert s.neck.unroll in (None, 2) and s.neck.max_steps != 5  # the original is left as it was
     assert subject(modules, "neumann").copy(5).neck.adjoint.num_terms == 3
 
@@ -138,7 +145,7 @@ def test_the_time_of_the_neck_is_its_own(modules, variant):
 def test_every_detector(modules, detector):
     s = subject(modules, "fast", detector)
     calls, macs = s.count("train_step")
-    assert calls.forward > 2 and calls.converged == 1.0 and macs[""] > 0
+    assert calls.forward > 1 and calls.converged == 1.0 and macs[""] > 0
     assert 0 < s.lap("train_step").neck
 
 
@@ -155,7 +162,8 @@ def test_a_run(modules, tmp_path, capsys):
     assert [(row.neck, row.steps) for row in by_steps] == [("paper", 2), ("paper", 4)]
     printed = capsys.readouterr().out
     assert explicit.train_processor_ratio == 1 and paper.train_processor_ratio > 0 and paper.infer_processor_ratio > 0
-    assert "training step, paper / FPN" in printed and "Calls of G" in printed
+    assert "cpu, random weights: training step, paper / FPN" in printed and "Calls of G" in printed
+    assert (explicit.weights, paper.equivalents) == ("random weights", 35)
     assert {path.name for path in out.iterdir()} == {
         "train_cost.csv", "memory.csv", "train_cost.json", "train_cost.png",
     }  # fmt: skip
@@ -174,12 +182,12 @@ def test_a_trained_detector(modules, tmp_path):
     ((detector, config),) = args.plan
     s = modules.detector_cost.Subject(config, "fast", args.batch, 0, args.weights)
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert detector == "retinanet" and "DenseConnection" in repr(s.neck) and s.neck.rtol == 1e-2
+    assert detector == "retinanet" and "DenseConnection" in repr(s.neck) and s.neck.rtol == 0.15
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in s.model.state_dict().items())
     explicit = modules.detector_cost.Subject(config, "fpn", args.batch, 0, args.weights)
     own = explicit.model.state_dict()
     assert all(torch.equal(own[name], saved[f"model.{name}"]) for name in own if "backbone.fpn." not in name)
-    assert s.count("infer")[0].forward > 2
+    assert s.count("infer")[0].forward >= 2
 
 
 @pytest.mark.parametrize(
@@ -253,5 +261,5 @@ def test_the_ratio_at_full_size_is_that_of_the_recipes(modules):
         for name, more in (("fpn", 0), ("paper", 0), ("fast", 1))
     }
     found = t.full_mac_ratios("t1_retinanet", counted)
-    assert found["fpn"] == 1 and found["paper"] == pytest.approx(2249 / 716, rel=1e-3)
+    assert found["fpn"] == 1 and found["paper"] == pytest.approx(2295 / 716, rel=1e-3)
     assert found["fast"] - found["paper"] == pytest.approx(46.2 / 716, rel=2e-3)
