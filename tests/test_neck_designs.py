@@ -479,6 +479,6 @@ def test_contraction_at_initialisation(name: str) -> None:
 
 
 def test_without_connection_and_norm_nothing_contracts() -> None:
-    neck = ImplicitFPN([8] * 3, 8, cross_scale="none", max_steps=15)
+    neck = ImplicitFPN([8] * 3, 8, cross_scale="none", max_steps=15, preset="accurate")
     with pytest.warns(deqkit.ConvergenceWarning):
         neck(named(pyramid(8, ODD[:3], dtype=torch.float32)))

@@ -179,4 +179,4 @@ def test_the_command(tmp_path, capsys):
     rcnn = str(write_checkpoint(tmp_path / "rcnn.ckpt", "fpn", "fasterrcnn"))
     words = ["receptive-field", "--checkpoints", rcnn, checkpoints[1], "--images", str(tmp_path / "in"), "--size=65"]
     assert main([*words, "--out", str(tmp_path / "mixed")]) == 2
-    assert "levels differ" in capsys.readouterr().err
+    assert "have different levels" in capsys.readouterr().err

@@ -19,7 +19,8 @@ Deliberate deviations:
 * Every pair is divided by the length of its vector in W before it is stored, which leaves the step as it is. M then has
   entries of order one, a ridge is relative to its trace, and old, large differences do not drown new, small ones.
 * One row and one column of M are computed per step, when the pair is the newest: which of two pairs is the older
-  never changes. The m by m system is solved in float64.
+  never changes. The m by m system is kept in float64. For states of a lower precision its inverse grows with it until
+  the oldest pair is dropped; otherwise it is factorised at every step.
 * Each sample has a safeguard of its own: a pair that is no use (nothing changed, not finite, or dependent on the others
   but for rounding) is skipped, a solve that fails falls back to the plain step, and a distance far above the best one
   seen clears that sample's history.
@@ -152,7 +153,9 @@ class MultisecantState:
         resolution = torch.finfo(x.dtype).eps
         self.ridge = 10 * resolution if formula.ridge is None else formula.ridge
         self.inverse = None
-        if self.on_host or not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # Its rounding errors, which no pivoting bounds, must be far below the precision of the entries.
+        has_room = linalg.small_dtype(x.device) != x.dtype
+        if has_room and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self.inverse = small_systems.BorderedInverse(
                 positive_definite=self._symmetric, resolution=resolution, limit=formula.history
             )
