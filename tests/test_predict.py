@@ -312,6 +312,13 @@ def test_maps_cover_the_image_in_its_own_pixels(checkpoint):
     assert choose_levels(names, ["P7", "P5"]) == [2, 4] and choose_levels(names, None) == list(range(5))
 
 
+def test_features_are_written_to_a_picture(checkpoint, photos, tmp_path, capsys):
+    words = ["features", "--checkpoints", str(checkpoint), "--images", str(photos), "--out", str(tmp_path / "maps")]
+    assert main(words) == 2
+    assert "is no picture's name: it must end in .png, .jpg, .pdf, .svg" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()
+
+
 def test_features(checkpoint, photos, tmp_path, capsys):
     explicit = write_checkpoint(tmp_path / "fpn.ckpt", "fpn")
     words = ["features", "--checkpoints", str(explicit), str(checkpoint), "--images", str(photos)]

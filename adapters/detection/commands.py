@@ -131,7 +131,7 @@ def features(
     Args:
         checkpoints: Checkpoints of trainings, such as one with FPN and one with i-FPN.
         images: Files, and folders that are searched with their subfolders.
-        out: Picture to write; it must not exist.
+        out: Picture to write, by its name a PNG, JPG, PDF or SVG; it must not exist.
         levels: Levels to draw, such as P5 P6 P7. Default: all.
         num_images: How many of the images to draw at most, the first ones.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -139,6 +139,8 @@ def features(
     from adapters.detection.visualize import draw_feature_maps
 
     path = new_file(out)
+    kinds = (".png", ".jpg", ".pdf", ".svg")
+    _check(path.suffix.lower() in kinds, f"--out {path} is no picture's name: it must end in {', '.join(kinds)}")
     _check(num_images >= 1, f"num_images must be at least 1, got {num_images}")
     paths = find_images(images)[:num_images]
     modules = _load_all(checkpoints, device)
