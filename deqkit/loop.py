@@ -86,7 +86,6 @@ def run(
     recorder = solver.start_recording() if record else None
     state = solver.start() if recorder is None else recorder
     x = tuple(b.clone() for b in x0)
-    width = sum(b.shape[1] for b in x)
     ledger: Ledger | None = None
     point: Point | None = None
     kept: dict[int, Blocks] = {}
@@ -95,7 +94,7 @@ def run(
     shrinks = on_host and not (with_grad or record or termination.fixed_steps)
     solve = ShrinkingSolve(f, state)
     if shrinks and active is not None:
-        solve.let_go(arrays.to_host(active), width)
+        solve.let_go(arrays.to_host(active))
     for step in range(max_steps + 1):
         if step in keep:
             kept[step] = x
@@ -114,7 +113,7 @@ def run(
         if look.none_active or step == max_steps:
             break
         if shrinks and not look.all_active:
-            solve.let_go(ledger.active, width)
+            solve.let_go(ledger.active)
         with arrays.quiet():
             new = solve.step(ledger.inside(point) if look.any_outside else point)
         if look.any_outside:

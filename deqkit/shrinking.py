@@ -28,24 +28,22 @@ class ShrinkingSolve:
 
     def __init__(self, f: Evaluator, state: SolverState) -> None:
         self.f, self.state = f, state
+        self.selectable = state if isinstance(state, SelectableState) else None
         self.narrow_f: Evaluator | None = None
         self.rows: Rows | None = None  # None: all
-        self.may_shrink = isinstance(state, SelectableState) or f.sample_args is not None
 
-    def let_go(self, active: Array, width: int) -> None:
-        """Go on with the samples in ``active`` (B,), on the host, if enough of those carried have ended.
-
-        Args:
-            active: which are still being solved.
-            width: numbers in the state of a sample.
-        """
+    def let_go(self, active: Array) -> None:
+        """Go on with the samples in ``active`` (B,), on the host, if enough of those carried have ended."""
+        if self.selectable is None and self.f.sample_args is None:
+            return
         carried, left = len(active) if self.rows is None else len(self.rows), int(np.count_nonzero(active))
+        width = sum(leaf.width for leaf in self.f.layout.leaves)
         worth_it = self.f.sample_args is not None or (carried - left) * width >= _WORTH_IT
-        if not (self.may_shrink and worth_it and 0 < left <= _FEW_ENOUGH * carried):
+        if not (worth_it and 0 < left <= _FEW_ENOUGH * carried):
             return
         device = self.f.layout.device
-        if isinstance(self.state, SelectableState):
-            self.state.select(Rows(active if self.rows is None else self.rows.of(active), device))
+        if self.selectable is not None:
+            self.selectable.select(Rows(active if self.rows is None else self.rows.of(active), device))
         self.rows = Rows(active, device)
         if self.f.sample_args is not None:
             self.narrow_f = self.f.narrowed(self.rows.on_device)
@@ -59,6 +57,6 @@ class ShrinkingSolve:
 
     def step(self, point: Point) -> Blocks:
         """The next point of the samples carried; of the others any."""
-        if self.rows is None or not isinstance(self.state, SelectableState):
+        if self.rows is None or self.selectable is None:
             return self.state.step(point)
         return self.rows.put(self.state.step(point.select(self.rows)), point.x)

@@ -65,9 +65,8 @@ class _Leaf:
         return replace(self, shape=shape, order=order, inverse=inverse, permuted_shape=permuted_shape)
 
     def narrowed(self, size: int) -> _Leaf:
-        first = self.order.index(0)
-        permuted_shape = (*self.permuted_shape[:first], size, *self.permuted_shape[first + 1 :])
-        return replace(self, shape=torch.Size((size, *self.shape[1:])), permuted_shape=permuted_shape)
+        shape, permuted_shape = torch.Size((size, *self.shape[1:])), (size, *self.permuted_shape[1:])
+        return replace(self, shape=shape, permuted_shape=permuted_shape)
 
 
 def _memory_order(x: Tensor, batch_dims: int) -> tuple[int, ...]:
@@ -280,7 +279,6 @@ class Evaluator:
         #: Positions in ``args`` of what belongs to samples, where f may be called on some samples alone; else None.
         self.sample_args: frozenset[int] | None = None
         self.masks: Mapping[Any, Tensor] = {}  # drawn while f was evaluated, for all samples
-        self.may_autocast = torch.amp.is_autocast_available(layout.device.type)
         # What carries tangents of forward-mode differentiation is solved without, see `ImplicitAdjoint.with_tangent`.
         self.drops_tangents = not keeps_tangents and levels.carries_tangents()
         self.autocast_dtype = torch.get_autocast_dtype(layout.device.type) if autocast_enabled(layout.device) else None
@@ -315,12 +313,8 @@ class Evaluator:
         """
         versions = versions_of(x)
         self.num_calls += 1
-        autocast = self._autocast()
-        if autocast is None:
+        with self._autocast():
             fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
-        else:
-            with autocast:
-                fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")
         if self.masks and self.sample_args is not None:  # at once, and not only where samples are let go
@@ -329,12 +323,10 @@ class Evaluator:
             )
         return primal(fx) if self.drops_tangents else fx
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any] | None:
-        """What f runs in; None for what there is."""
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         device = self.layout.device
         if self.autocast_dtype is None:
-            running = self.may_autocast and torch.is_autocast_enabled(device.type)
-            return torch.autocast(device.type, enabled=False) if running else None
+            return without_autocast(device)
         cache = torch.is_autocast_cache_enabled() and (self.shares_casts or not torch.is_grad_enabled())
         return torch.autocast(device.type, dtype=self.autocast_dtype, cache_enabled=cache)
 

@@ -118,13 +118,14 @@ class FixedPoint(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What a call in the present mode hands to `deqkit.solve`."""
-        names = ("solver", "adjoint", "rtol", "atol", "norm", "batch_dims", "on_failure", "trace", "keep", "has_aux")
+        names = (
+            "solver", "adjoint", "rtol", "atol", "norm", "batch_dims", "on_failure", "trace", "keep", "has_aux",
+            "sample_args",
+        )  # fmt: skip
         limit = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         settings = {name: getattr(self, name) for name in names} | {"max_steps": limit}
         if self.num_monitors and self.on_failure == "warn":
             settings["on_failure"] = "ignore"
-        if self.sample_args is not None:
-            settings["sample_args"] = self.sample_args
         return settings
 
     def forward(self, x0: Any, *args: Any) -> Any:
@@ -193,10 +194,9 @@ class FixedPoint(nn.Module):
     def _check_settings(self) -> None:
         """Let `solve` judge the settings now and not at the first call."""
         nothing = torch.zeros((1,) * self.batch_dims if isinstance(self.batch_dims, int) else 1, device="cpu")
-        settings: dict[str, Any] = self.settings
+        settings: dict[str, Any] = self.settings | {"sample_args": None}  # positions in arguments not known yet
         if callable(self.norm):  # meant for the state's structure, which is not known yet
             settings["norm"] = None
-        settings.pop("sample_args", None)  # positions in arguments that are not known yet
         for limit in (self.max_steps, self.eval_max_steps):
             settings["max_steps"] = self.max_steps if limit is None else limit
             with torch.device("cpu"):  # the layer may be made on the meta device
