@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from peak_memory import peak_tensor_bytes
 from reporting import synchronize
-from tensor_memory import peak_tensor_bytes
 from torch import Tensor
 
 import deqkit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from options import NamedSolver
 from problems import Problem
-from reporting import synchronize
+from reporting import timed
 from torch.utils._pytree import tree_leaves
 
 import deqkit
@@ -75,7 +74,7 @@ def measure(
         bare = bare_call_seconds(problem)
         # The other way round every other time: what runs first after the bare calls should not always be the same.
         for case in cases if round_ % 2 == 0 else reversed(cases):
-            duration = _timed(problem, lambda case=case: _solve(problem, *case))
+            duration = timed(lambda case=case: _solve(problem, *case), _device(problem))
             seconds[case].append(duration)
             overhead[case].append(duration / (solutions[case].num_fn_evals * bare))
             tick()
@@ -107,7 +106,7 @@ def bare_call_seconds(problem: Problem, calls: int = 20) -> float:
             x = problem.f(x)
 
     with torch.no_grad():
-        return _timed(problem, repeat) / calls
+        return timed(repeat, _device(problem)) / calls
 
 
 def _solve(problem: Problem, steps: int, named: NamedSolver) -> deqkit.Solution:
@@ -115,13 +114,8 @@ def _solve(problem: Problem, steps: int, named: NamedSolver) -> deqkit.Solution:
         return deqkit.solve(problem.f, problem.x0, solver=named.solver, rtol=0, atol=0, max_steps=steps)
 
 
-def _timed(problem: Problem, action: Callable[[], Any]) -> float:
-    device = tree_leaves(problem.x0)[0].device
-    synchronize(device)
-    start = time.perf_counter()
-    action()
-    synchronize(device)
-    return time.perf_counter() - start
+def _device(problem: Problem) -> torch.device:
+    return tree_leaves(problem.x0)[0].device
 
 
 def _row(

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from peak_memory import peak_bytes
 from peer_adjoints import PeerAdjoint
-from peer_solves import MAX_CALLS, Packed, median, repeat, timed
+from peer_solves import MAX_CALLS, Packed, median, repeat
 from problems import DenseMap, Problem, ProblemError, size
+from reporting import timed
 from torch import Tensor, nn
 
 import deqkit

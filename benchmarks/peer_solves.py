@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from peak_memory import peak_bytes
 from peer_solvers import Counted, Map, Peer
 from problems import Problem
-from reporting import synchronize
+from reporting import timed
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -144,14 +143,6 @@ def _memory(packed: Packed, peer: Peer, rtol: float) -> float:
 def repeat(f: Map, x: Tensor, times: int) -> None:
     for _ in range(times):
         x = f(x)
-
-
-def timed(action: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    action()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def median(values: Sequence[float]) -> float:

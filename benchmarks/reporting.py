@@ -8,7 +8,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -91,6 +92,15 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
 
     return "\n".join("  ".join(cells(line)).rstrip() for line in lines)
+
+
+def timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of ``action`` in seconds, what it has asked of the device included."""
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,7 +22,7 @@ those of processor time are given, too: where others use the machine, they are t
 
 ``--neck`` also takes what "fast" could be: `CANDIDATES` of `detector_cost.py`, by forward tolerance and adjoint.
 MACs are those of convolutions and matrix products as carried out. Memory is that of tensors, weights and momentum
-included (`tensor_memory.py`), and, on a CPU, what the process grows by.
+included (`peak_memory.py`), and, on a CPU, what the process grows by.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-import tensor_memory  # noqa: F401  before torch: it quietens the profiler
+import peak_memory  # noqa: F401  before torch: it quietens the profiler
 import torch
 from cost_report import cost_tables, memory_table, plot_cost, verdicts
 from detector_cost import ALL_VARIANTS, EXPLICIT, VARIANTS, Calls, Lap, Subject

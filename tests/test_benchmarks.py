@@ -2,34 +2,28 @@
 
 import argparse
 import csv
-import importlib
 import json
 import subprocess
 import sys
 from dataclasses import fields, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, benchmark_modules
 from PIL import Image
 
 import deqkit
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "solver_iters.py"
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The benchmarks' modules; they are scripts beside each other and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("problems", "options", "measure", "solver_iters", "warm_start", "stability")
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    """The benchmarks' modules."""
+    with benchmark_modules("problems", "options", "measure", "solver_iters", "warm_start", "stability") as found:
+        yield found
 
 
 def run_script(*arguments, cwd):

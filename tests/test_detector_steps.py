@@ -1,29 +1,23 @@
 """How many steps does i-FPN need: the sweep over solver steps, its answer, and the small detector that is kept."""
 
 import csv
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import benchmark_modules
 from PIL import Image
 
 import deqkit
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def modules():
-    """The benchmarks' modules; they are scripts beside each other and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("options", "detector_steps", "detector_report", "small_detector", "compare_necks", "solver_iters")
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    """The benchmarks' modules."""
+    names = ("options", "detector_steps", "detector_report", "small_detector", "compare_necks", "solver_iters")
+    with benchmark_modules(*names) as found:
+        yield found
 
 
 def save_detector(folder, **config):

@@ -1,22 +1,15 @@
 """benchmarks/overfit_detectors.py: it runs, and what it trains learns."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
+from benchmark_modules import benchmark_modules
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = ["--images", "2", "--image-size", "64"]
 
 
 @pytest.fixture(scope="module")
 def overfit():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("overfit_detectors")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    with benchmark_modules("overfit_detectors") as modules:
+        yield modules["overfit_detectors"]
 
 
 def test_a_row_per_detector_neck_and_seed(overfit, capsys):

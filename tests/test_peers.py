@@ -1,18 +1,16 @@
 """The comparison with other libraries: it measures what it says, and a result that lies is found out."""
 
 import csv
-import importlib.util
 import json
 import math
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import benchmark_modules
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = (
     "options", "problems", "reporting", "measure", "plots", "peak_memory", "peer_solvers", "peer_solves",
     "peer_adjoints", "peer_gradients", "peer_targets", "peer_tables", "peer_plots", "peers",
@@ -21,13 +19,12 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def modules():
-    """The modules of benchmarks/, which is no package; taken out of sys.modules again."""
+    """The modules of the benchmark, taken out of sys.modules again."""
     before = {name: sys.modules.get(name) for name in NAMES}
-    sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in NAMES}
+        with benchmark_modules(*NAMES) as found:
+            yield found
     finally:
-        sys.path.remove(str(FOLDER))
         for name, module in before.items():
             sys.modules.pop(name, None)
             if module is not None:

@@ -1,33 +1,27 @@
 """The cost benchmark: memory to the byte, calls of G that agree with the MACs, and options that are refused."""
 
 import csv
-import importlib
 import json
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_modules import benchmark_modules
 from checkpoints import write_checkpoint, write_image
 
 from adapters.detection.cost import noise
 from adapters.detection.training import DetectorConfig
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("tensor_memory", "detector_cost", "cost_report", "train_cost")
+NAMES = ("peak_memory", "detector_cost", "cost_report", "train_cost")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The modules of the benchmark, which are scripts beside each other and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    """The modules of the benchmark."""
+    with benchmark_modules(*NAMES) as found:
+        yield SimpleNamespace(**found)
 
 
 def subject(modules, variant, detector="retinanet", size=64, images=1, channels=32, **settings):
@@ -45,7 +39,7 @@ def test_peaks_are_counted_to_the_byte(modules):
         del more
         kept.append(torch.full((megabyte,), 1, dtype=torch.uint8))
 
-    peaks = modules.tensor_memory.peak_tensor_bytes(
+    peaks = modules.peak_memory.peak_tensor_bytes(
         torch.device("cpu"), lambda: [torch.empty(2 * megabyte, dtype=torch.uint8)], double, len, double
     )
     assert [round(peak / megabyte, 3) for peak in peaks] == [5, 3, 6]
@@ -53,7 +47,7 @@ def test_peaks_are_counted_to_the_byte(modules):
 
 def test_what_an_operator_takes_inside_is_seen(modules):
     x = torch.rand(1000, 1000)
-    (peak,) = modules.tensor_memory.peak_tensor_bytes(torch.device("cpu"), lambda: x, lambda x: (x @ x.T).sort(0))
+    (peak,) = modules.peak_memory.peak_tensor_bytes(torch.device("cpu"), lambda: x, lambda x: (x @ x.T).sort(0))
     assert peak >= 3 * 4e6  # product, values, and more than the values for the indices
 
 
