@@ -24,6 +24,7 @@ from deqkit import arrays
 from deqkit.ledger import Ledger, LoopResult, relative
 from deqkit.norms import StateNorm
 from deqkit.shrinking import ShrinkingSolve
+from deqkit.solution import is_capturing
 from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, versions_of
 from deqkit.termination import Termination
@@ -82,6 +83,9 @@ def run(
 
     Returns:
         The best visited point per sample. Its residual is the true one: f was evaluated at exactly this point.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the solve would have to look at its residuals.
     """
     recorder = solver.start_recording() if record else None
     state = solver.start() if recorder is None else recorder
@@ -133,6 +137,11 @@ def _keeps_books_on_host(f: Evaluator, solver: Solver, termination: Termination)
     device = f.layout.device
     if termination.fixed_steps:
         return arrays.free_to_look(device)
+    if is_capturing(device):
+        raise RuntimeError(
+            "a solve to a tolerance looks at its residuals, which is not allowed while a CUDA graph is captured: fix "
+            "the number of steps with rtol=0 and atol=0, in the adjoint, too, as in ImplicitAdjoint(rtol=0.0)"
+        )
     return solver.check_every == 1 and arrays.may_look(device)
 
 
