@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from plots import COLOURS
 _LIBRARIES = ("deqkit", "torchdeq", "scipy", "xitorch", "deepinv", "jaxopt")
 _COLOUR: dict[str, str] = dict(zip(_LIBRARIES, COLOURS, strict=False))
 Styles = dict[tuple[str, str], dict[str, Any]]
+Key = tuple[str, float]  # dtype and tolerance
 _MARKERS = "osD^vPX*<>hp8d1234"
 
 
 def plot_peers(path: Path, solves: Sequence[SolveRow], gradients: Sequence[GradientRow]) -> None:
-    """Above: calls of f to each tolerance, peak memory at the last one. Below: error of gradients against their time.
+    """Above: calls of f to each tolerance, time and peak memory to one. Below: error of gradients against their time.
+
+    What is hollow has not reached its tolerance, and stands at the limit of calls: some give up early.
 
     Args:
         path: image file to write.
@@ -46,28 +49,31 @@ def plot_peers(path: Path, solves: Sequence[SolveRow], gradients: Sequence[Gradi
 def _draw_solves(figure: SubFigure, rows: Sequence[SolveRow], problems: Sequence[str]) -> None:
     labels = list(dict.fromkeys((row.library, row.solver) for row in rows))
     style = _styles(labels)
-    tolerances = list(dict.fromkeys((row.dtype, row.rtol) for row in rows))
-    axes = figure.subplots(1, len(tolerances) + 1, squeeze=False, sharey=True)[0]
     limit = max(row.calls for row in rows)
-    for axis, key in zip(axes, tolerances, strict=False):
-        for row in (row for row in rows if (row.dtype, row.rtol) == key):
+    seen = [row for row in rows if not math.isnan(row.memory)] or list(rows)
+    told = seen[0].dtype, seen[0].rtol  # time and memory are shown for one tolerance
+    timed = [row for row in rows if not math.isnan(row.seconds)]
+    panels: list[tuple[str, str, Callable[[SolveRow], float], Key]] = []
+    for key in dict.fromkeys((row.dtype, row.rtol) for row in rows):
+        if key == told or len({row.problem for row in rows if (row.dtype, row.rtol) == key}) > 1:
+            what = "calls of f (hollow: not reached)"
+            panels.append((f"to {key[1]:g}, {key[0]}", what, lambda row: row.calls if row.solved else limit, key))
+    at = f"to {told[1]:g}, {told[0]}"
+    panels += [(at, "ms", lambda row: 1e3 * row.seconds, told)] if timed else []
+    panels.append((at, "peak memory, states", lambda row: row.memory, told))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, xlabel, value, key) in zip(axes, panels, strict=True):
+        for row in (row for row in rows if (row.dtype, row.rtol) == key and not math.isnan(value(row))):
             label = (row.library, row.solver)
             hollow = {} if row.solved else {"markerfacecolor": "none"}
-            calls = row.calls if row.solved else limit  # some give up early
-            axis.plot(calls, _place(row, problems, labels), **style[label], markersize=6, linestyle="", **hollow)
-        ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500) if tick <= limit]
+            axis.plot(value(row), _place(row, problems, labels), **style[label], markersize=6, linestyle="", **hollow)
         axis.set_xscale("log")
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set_xticks([], minor=True)
-        axis.set_xlim(right=1.15 * limit)
-        _finish(axis, f"to {key[1]:g}, {key[0]}", "calls of f (hollow: not reached)", problems)
-    dtype, rtol = tolerances[-1] if len(tolerances) < 3 else tolerances[1]
-    for row in (row for row in rows if (row.dtype, row.rtol) == (dtype, rtol) and not math.isnan(row.memory)):
-        label = (row.library, row.solver)
-        hollow = {} if row.solved else {"markerfacecolor": "none"}
-        axes[-1].plot(row.memory, _place(row, problems, labels), **style[label], markersize=6, linestyle="", **hollow)
-    axes[-1].set_xscale("log")
-    _finish(axes[-1], f"to {rtol:g}, {dtype}", "peak memory, states", problems)
+        if xlabel.startswith("calls"):
+            ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500) if tick <= limit]
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set_xlim(right=1.15 * limit)
+        _finish(axis, title, xlabel, problems)
     axes[0].set_yticks(range(len(problems)), problems)
     axes[0].invert_yaxis()
     _legend(figure, labels, style)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peak_memory import peak_bytes
-from peer_solvers import Counted, Map, Peer
+from peer_solvers import Counted, Map, Outcome, Peer
 from problems import Problem
 from reporting import timed
 from torch import Tensor
@@ -37,7 +37,7 @@ class SolveRow:
         seconds: wall time, median of the repeats; NaN without a clock, and where the problem was not solved.
         ratio: wall time / time of as many bare calls of f, median of the repeats.
         memory: the most that the solve holds at once, in multiples of the state, f's temporaries included; NaN where it
-            cannot be seen.
+            cannot be seen, or was not asked for.
         call_memory: the same of a single call of f.
     """
 
@@ -100,19 +100,24 @@ class Packed:
 
 def compare(
     problem: Problem, dtype: torch.dtype, tolerances: Sequence[float], peers: Sequence[Peer], repeats: int,
-    tick: Callable[[int], Any],
+    tick: Callable[[int], Any], *, memory: bool = True,
 ) -> list[SolveRow]:  # fmt: skip
-    """Every solver on one problem; the repeats are rounds through those that solve it, there and back in turn."""
+    """Every solver on one problem; the repeats are rounds through those that solve it, there and back in turn.
+
+    Memory takes longer to measure than the solve itself.
+    """
     packed = Packed(problem)
     cases = [(peer, rtol) for rtol in tolerances for peer in peers]
     seconds: dict[Any, list[float]] = {case: [] for case in cases}
     ratios: dict[Any, list[float]] = {case: [] for case in cases}
     found: dict[Any, tuple[int, float, bool | None, float]] = {}
-    call_memory = peak_bytes(lambda: packed.f(packed.x0), packed.x0.device) / packed.state_bytes
+    call_memory = math.nan
+    if memory:
+        call_memory = peak_bytes(lambda: packed.f(packed.x0), packed.x0.device) / packed.state_bytes
     for peer, rtol in cases:
         counted = Counted(packed.f)
-        outcome = peer.run(counted, packed.x0, rtol, MAX_CALLS)
-        found[peer, rtol] = (counted.calls, packed.residual(outcome.x), outcome.claims, _memory(packed, peer, rtol))
+        outcome, peak = _watched(packed, peer, memory, lambda: peer.run(counted, packed.x0, rtol, MAX_CALLS))  # noqa: B023
+        found[peer, rtol] = (counted.calls, packed.residual(outcome.x), outcome.claims, peak)
         tick(1)
     able = [case for case in cases if found[case][1] <= SLACK * case[1]]
     for round_ in range(repeats):
@@ -127,17 +132,19 @@ def compare(
         SolveRow(
             problem.name, peer.library, peer.solver, str(dtype).removeprefix("torch."), rtol, calls, residual,
             residual <= SLACK * rtol, {True: "yes", False: "no", None: "-"}[claims],
-            median(seconds[peer, rtol]), median(ratios[peer, rtol]), memory, call_memory,
+            median(seconds[peer, rtol]), median(ratios[peer, rtol]), peak, call_memory,
         )
-        for (peer, rtol), (calls, residual, claims, memory) in found.items()
+        for (peer, rtol), (calls, residual, claims, peak) in found.items()
     ]  # fmt: skip
 
 
-def _memory(packed: Packed, peer: Peer, rtol: float) -> float:
-    if peer.keeps == "jax":
-        return math.nan
-    solve = lambda: peer.run(packed.f, packed.x0, rtol, MAX_CALLS)  # noqa: E731
-    return peak_bytes(solve, packed.x0.device, numpy=peer.keeps == "numpy") / packed.state_bytes
+def _watched(packed: Packed, peer: Peer, memory: bool, solve: Callable[[], Outcome]) -> tuple[Outcome, float]:
+    """What a solve comes back with, and its peak memory in states, if that is wanted and can be seen."""
+    if not memory or peer.keeps == "jax":
+        return solve(), math.nan
+    outcomes: list[Outcome] = []
+    peak = peak_bytes(lambda: outcomes.append(solve()), packed.x0.device, numpy=peer.keeps == "numpy")
+    return outcomes[0], peak / packed.state_bytes
 
 
 def repeat(f: Map, x: Tensor, times: int) -> None:

@@ -317,5 +317,9 @@ def test_large_problems_are_right(modules):
 def test_the_default_plan_covers_the_targets(modules):
     peers = modules["peers"]
     plan = peers.plan_solves(peers.parse_arguments([]), modules["peer_solvers"].all_peers())
-    planned = {(part.problem, rtol) for part in plan for rtol in part.tolerances if part.dtype == torch.float32}
+    planned = {(part.problem, part.rtol) for part in plan if part.dtype == torch.float32}
     assert planned >= {(name, 1e-5) for name, _ in modules["peer_targets"].OVERHEADS} | {("mixed_batch", 1e-4)}
+    with_memory = {(part.dtype, part.rtol) for part in plan if part.memory}
+    assert with_memory == {(torch.float32, 1e-5)}  # one tolerance tells, and each takes its time
+    other = peers.plan_solves(peers.parse_arguments(["--dtype", "float64"]), modules["peer_solvers"].all_peers())
+    assert {(part.dtype, part.rtol, part.memory) for part in other} == {(torch.float64, 1e-10, True)}
