@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 from peer_gradients import GradientRow
 from peer_solves import SolveRow
 from plots import COLOURS
@@ -34,8 +35,8 @@ def plot_peers(path: Path, solves: Sequence[SolveRow], gradients: Sequence[Gradi
     """
     problems = list(dict.fromkeys(row.problem for row in solves))
     panels = list(dict.fromkeys(row.problem for row in gradients))
-    top, below = (1.6 + 0.42 * max(len(problems), 7)) * bool(solves), 4.6 * bool(gradients)
-    figure = plt.figure(figsize=(16, top + below), layout="constrained")
+    top, below = (1.6 + 0.42 * max(len(problems), 7)) * bool(solves), 5.2 * bool(gradients)
+    figure = plt.figure(figsize=(17, top + below), layout="constrained")
     heights = [height for height in (top, below) if height]
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if solves:
@@ -53,6 +54,7 @@ def _draw_solves(figure: SubFigure, rows: Sequence[SolveRow], problems: Sequence
     seen = [row for row in rows if not math.isnan(row.memory)] or list(rows)
     told = seen[0].dtype, seen[0].rtol  # time and memory are shown for one tolerance
     timed = [row for row in rows if not math.isnan(row.seconds)]
+    alone = {row.problem for row in rows} - {row.problem for row in rows if (row.dtype, row.rtol) == told}
     panels: list[tuple[str, str, Callable[[SolveRow], float], Key]] = []
     for key in dict.fromkeys((row.dtype, row.rtol) for row in rows):
         if key == told or len({row.problem for row in rows if (row.dtype, row.rtol) == key}) > 1:
@@ -63,18 +65,19 @@ def _draw_solves(figure: SubFigure, rows: Sequence[SolveRow], problems: Sequence
     panels.append((at, "peak memory, states", lambda row: row.memory, told))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (title, xlabel, value, key) in zip(axes, panels, strict=True):
-        for row in (row for row in rows if (row.dtype, row.rtol) == key and not math.isnan(value(row))):
+        for row in rows:
+            if math.isnan(value(row)) or not (
+                (row.dtype, row.rtol) == key or (xlabel == "ms" and row.problem in alone)
+            ):
+                continue
             label = (row.library, row.solver)
             hollow = {} if row.solved else {"markerfacecolor": "none"}
             axis.plot(value(row), _place(row, problems, labels), **style[label], markersize=6, linestyle="", **hollow)
-        axis.set_xscale("log")
-        if xlabel.startswith("calls"):
-            ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500) if tick <= limit]
-            axis.set_xticks(ticks, [str(tick) for tick in ticks])
-            axis.set_xticks([], minor=True)
-            axis.set_xlim(right=1.15 * limit)
+        _log_scale(axis)
         _finish(axis, title, xlabel, problems)
-    axes[0].set_yticks(range(len(problems)), problems)
+    own = {row.problem: f"\n(to {row.rtol:g})" for row in rows if row.problem in alone}
+    axes[0].set_yticks(range(len(problems)), [name + own.get(name, "") for name in problems])
+    axes[0].set_ylim(-0.5, len(problems) - 0.5)
     axes[0].invert_yaxis()
     _legend(figure, labels, style)
 
@@ -88,7 +91,7 @@ def _draw_gradients(figure: SubFigure, rows: Sequence[GradientRow], problems: Se
             hollow = {} if row.exact else {"markerfacecolor": "none"}
             x = 1e3 * row.seconds if clocked else row.memory
             axis.plot(x, row.relative_error, **style[row.library, row.adjoint], markersize=6, linestyle="", **hollow)
-        axis.set_xscale("log")
+        _log_scale(axis)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.set_title(f"gradient, {problem}", fontsize=10)
@@ -111,6 +114,14 @@ def _styles(labels: Sequence[tuple[str, str]]) -> Styles:
 def _place(row: SolveRow, problems: Sequence[str], labels: Sequence[tuple[str, str]]) -> float:
     """A height of its own in the problem's band: those that are equal stay visible."""
     return problems.index(row.problem) + 0.7 * (labels.index((row.library, row.solver)) / max(1, len(labels) - 1) - 0.5)
+
+
+def _log_scale(axis: Axes) -> None:
+    axis.set_xscale("log")
+    axis.margins(x=0.08)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _finish(axis: Axes, title: str, xlabel: str, problems: Sequence[str]) -> None:
