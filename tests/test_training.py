@@ -252,6 +252,16 @@ def change(path, what):
     torch.save(content, path)
 
 
+def test_a_checkpoint_keeps_solvers_and_adjoints(tmp_path):
+    solver = deqkit.Auto((deqkit.Anderson(history=3), deqkit.Broyden()))
+    given = {"solver": solver, "adjoint": deqkit.ImplicitAdjoint("gmres", rtol=1e-2), "autocast": torch.bfloat16}
+    path = write_checkpoint(tmp_path / "a.ckpt", neck_settings=given)
+    module = load_checkpoint(path)
+    assert module.config.neck_settings == given
+    neck = module.model.backbone.fpn
+    assert neck.solver == solver and neck.adjoint == given["adjoint"]
+
+
 @pytest.mark.parametrize("content", [None, "text", {"weights": 1}])
 def test_foreign_checkpoint(tmp_path, content):
     path = tmp_path / "foreign.ckpt"

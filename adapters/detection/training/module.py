@@ -1,19 +1,20 @@
 """A detector in training, as a Lightning module.
 
-A checkpoint holds everything that is needed to build the detector again (`load_checkpoint`), as plain numbers and
-strings, so that it loads with ``weights_only=True``.
+A checkpoint holds everything that is needed to build the detector again (`load_checkpoint`), as plain numbers, strings
+and deqkit's own settings, so that it loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+import deqkit
 from adapters.detection.data.module import Batch
 from adapters.detection.data.order import seed_of
 from adapters.detection.training.config import DetectorConfig
@@ -23,6 +24,11 @@ __all__ = ["SETTINGS", "DetectionModule"]
 
 SETTINGS = "detection"
 """Where a checkpoint keeps what the detector is built from."""
+
+# Solvers and adjoints among the settings of a neck are frozen settings themselves; Lightning's resume reads them, too.
+torch.serialization.add_safe_globals(
+    [cls for cls in vars(deqkit).values() if isinstance(cls, type) and issubclass(cls, (deqkit.Solver, deqkit.Adjoint))]
+)
 
 
 class DetectionModule(L.LightningModule):
@@ -110,7 +116,8 @@ class DetectionModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the detector is built from, and the count of skipped steps."""
-        checkpoint[SETTINGS] = {"detector": asdict(self.config), "schedule": asdict(self.schedule), "data": self.data}
+        detector = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        checkpoint[SETTINGS] = {"detector": detector, "schedule": asdict(self.schedule), "data": self.data}
         checkpoint["skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
