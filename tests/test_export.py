@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.ops import batched_nms
 
-from adapters.detection import build_detector, check_fixed_steps, export_detector, export_onnx
+from adapters.detection import build_detector, check_fixed_steps, export_command, export_detector, export_onnx
 from adapters.detection.__main__ import main
 from adapters.detection.small_systems import cholesky_ex, cholesky_solve, solve_ex
 from adapters.detection.tensor_detector import suppress
@@ -229,6 +229,8 @@ def test_onnx_asks_for_its_extra(monkeypatch, tmp_path) -> None:
     program = torch.export.export(nn.ReLU(), (torch.ones(2),))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'deqkit\[export\]'"):
         export_onnx(program, tmp_path / "model.onnx")
+    with pytest.raises(ModuleNotFoundError, match="export"):  # before the checkpoint is so much as looked for
+        export_command.export(str(tmp_path / "a.ckpt"), str(tmp_path / "b.onnx"), format="onnx")
 
 
 def test_onnx_names_the_operator_that_it_lacks(tmp_path) -> None:

@@ -23,7 +23,7 @@ from adapters.detection.necks import ImplicitFPN
 from adapters.detection.small_systems import DECOMPOSITIONS
 from adapters.detection.tensor_detector import TensorDetector
 
-__all__ = ["FixedSteps", "check_fixed_steps", "export_detector", "export_onnx"]
+__all__ = ["FixedSteps", "check_fixed_steps", "check_onnx", "export_detector", "export_onnx"]
 
 _INPUT, _OUTPUTS = "images", ("boxes", "scores", "labels", "num_detections")
 
@@ -147,11 +147,7 @@ def export_onnx(program: torch.export.ExportedProgram, path: str | Path) -> None
         ModuleNotFoundError: onnx or onnxscript is missing.
         ValueError: An operator has no translation; the message names it.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; for ONNX: pip install 'deqkit[export]'") from error
+    check_onnx()
     try:
         translated = torch.onnx.export(
             program.run_decompositions(DECOMPOSITIONS),
@@ -165,6 +161,19 @@ def export_onnx(program: torch.export.ExportedProgram, path: str | Path) -> None
     assert translated is not None
     with written_whole(path) as partial:
         translated.save(partial)
+
+
+def check_onnx() -> None:
+    """Sees whether what `export_onnx` needs is installed, before an export that takes its time.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; for ONNX: pip install 'deqkit[export]'") from error
 
 
 def _cause(error: BaseException) -> str:

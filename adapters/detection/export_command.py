@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from adapters.detection.commands import new_file
 from adapters.detection.data import DataError
-from adapters.detection.export import check_fixed_steps, export_detector, export_onnx
+from adapters.detection.export import check_fixed_steps, check_onnx, export_detector, export_onnx
 from adapters.detection.files import written_whole
 from adapters.detection.images import read_image
 from adapters.detection.training import load_checkpoint
@@ -51,6 +51,8 @@ def export(
     path = new_file(out)
     if format not in _FORMATS:
         raise DataError(f"unknown format {format!r}: choose one of {list(_FORMATS)}")
+    if format == "onnx":
+        check_onnx()
     try:
         trained = load_checkpoint(checkpoint)
         side = trained.config.sizes[-1]
