@@ -53,7 +53,15 @@ class ShrinkingSolve:
         if self.narrow_f is None or self.rows is None:
             return self.f(x)
         self.f.num_calls += 1
-        return self.rows.put(self.narrow_f(self.rows.of_blocks(x)), x)
+        try:
+            fx = self.narrow_f(self.rows.of_blocks(x))
+        except Exception as error:
+            error.add_note(
+                f"f was called on {len(self.rows)} of {self.f.layout.num_samples} samples, as sample_args allows: it "
+                "must name every argument that belongs to samples, and f must not close over any"
+            )
+            raise
+        return self.rows.put(fx, x)
 
     def step(self, point: Point) -> Blocks:
         """The next point of the samples carried; of the others any."""

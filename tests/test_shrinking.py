@@ -220,3 +220,13 @@ def test_bad_settings(sample_args: Any, args: tuple[Any, ...], error: type[Excep
 def test_it_knows_samples_by_one_dim() -> None:
     with pytest.raises(ValueError, match="batch_dims=1"):
         deqkit.solve(lambda x: x / 2, torch.zeros(3, 2, 2), batch_dims=2, sample_args=())
+
+
+def test_a_forgotten_position_is_told_of() -> None:
+    """f then meets arguments of the whole batch, and PyTorch alone would speak of sizes that do not fit."""
+    gain, shift = torch.linspace(0.1, 0.95, 8).unsqueeze(1), torch.ones(8, 4)
+    with pytest.raises(RuntimeError, match="size of tensor") as caught:
+        deqkit.solve(
+            lambda x, g, s: g * x + s, torch.zeros(8, 4), args=(gain, shift), sample_args=(0,), solver="fixed_point"
+        )
+    assert any("it must name every argument that belongs to samples" in note for note in caught.value.__notes__)
