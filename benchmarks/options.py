@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import deqkit
 
 DEFAULTS = (deqkit.FixedPointIteration, deqkit.Anderson, deqkit.Broyden)
-_OTHERS = (deqkit.NewtonKrylov, deqkit.ReversibleIteration, deqkit.Auto)
+_OTHERS = (deqkit.NewtonKrylov, deqkit.ReversibleIteration, deqkit.Auto, deqkit.MixedPrecision)
 _FOR_AFFINE = (deqkit.GMRES, deqkit.BiCGSTAB)
 SOLVERS: dict[str, type[deqkit.Solver]] = {cls.name: cls for cls in (*DEFAULTS, *_OTHERS, *_FOR_AFFINE)}
 

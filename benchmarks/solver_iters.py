@@ -103,7 +103,7 @@ def run_problems(args: argparse.Namespace) -> int:
     seed, dtype_name = args.seed or 0, args.dtype or "float32"
     solvers = _distinct([s for s in args.solver if s.label != UNROLL] or default_solvers())
     steps = args.steps or parse_steps("0-10,15,20" if args.quick else "0-20")
-    say_what_auto_does(solvers)
+    say_what_differs(solvers)
     repeats = args.repeats or (1 if args.quick else 3)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
     record = run_record(
@@ -157,7 +157,7 @@ def run_detector(args: argparse.Namespace) -> int:
     detector = detector_steps.load(checkpoint, data, args.images, args.device)
     solvers = _distinct(args.solver or default_solvers_of(detector.neck.solver))
     steps = args.steps or parse_steps("0-2,7,15" if args.quick else "0-20")
-    say_what_auto_does(solvers)
+    say_what_differs(solvers)
     settings = {"checkpoint": str(checkpoint), "data": str(detector.data_root), "images": detector.num_images}
     settings |= {"solvers": [s.label for s in solvers], "steps": steps, "neck": repr(detector.neck.settings)}
     settings |= {"detector": detector.title, "trained": detector.trained}
@@ -205,12 +205,15 @@ def default_solvers_of(own: str | deqkit.Solver) -> list[NamedSolver]:
     return sorted([*others, mine], key=lambda s: list(SOLVERS).index(s.solver.name))
 
 
-def say_what_auto_does(solvers: Sequence[NamedSolver]) -> None:
+def say_what_differs(solvers: Sequence[NamedSolver]) -> None:
     """It is another solver here, which the rows do not tell."""
     for named_solver in solvers:
         if isinstance(named_solver.solver, deqkit.Auto):
             first = named_solver.solver.solvers[0]
             print(f"{named_solver.label}: in a fixed number of steps it stays with its first solver, {first}")
+        if isinstance(named_solver.solver, deqkit.MixedPrecision):
+            only = named_solver.solver.solver
+            print(f"{named_solver.label}: in a fixed number of steps all are in full precision, by {only}")
 
 
 def print_report(problems: Sequence[Problem], rows: Sequence[Row], steps: Sequence[int]) -> None:

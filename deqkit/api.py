@@ -68,21 +68,21 @@ def solve(
         x0: starting point: a tensor or any pytree of floating or complex tensors, each (*batch, ...).
         args: further arguments of f. Tensors in it get their gradients.
         solver: "fixed_point", "anderson", "broyden", "newton_krylov", "auto" (Anderson, then others for the samples
-            that it leaves unsolved), "gmres" and "bicgstab" (for an affine f), "reversible" (for the adjoint of that
-            name), or a solver object.
+            that it leaves unsolved), "mixed_precision" (Anderson, in bfloat16 first), "gmres" and "bicgstab" (for an
+            affine f), "reversible" (for the adjoint of that name), or a solver object.
         adjoint: "implicit" (exact), "unrolled" (exact for the steps taken), "reversible" (the same in constant memory,
             for the solver of that name), the approximate "jfb", "neumann", "phantom" and "shine" (for the solvers
             "anderson" and "broyden"), or an adjoint object.
         rtol: a sample is done when |f(x) - x| <= atol + rtol |f(x)|.
         atol: see rtol; in the units of the norm.
-        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver), and
-            once for the gradient.
+        max_steps: limit of solver steps; f is evaluated at most once more than that (by "auto": once per solver; by
+            "mixed_precision": twice), and once for the gradient.
         norm: per-sample norm over the whole state: None for the Euclidean norm, "leaf_max" for the relatively worst
             leaf, or a function from a state to a tensor of the batch shape.
         batch_dims: leading dims that index independent samples; 0 for one system.
         on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
             `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.
-        trace: whether to record the relative residual of every evaluation.
+        trace: whether to record the relative residual of every evaluation, in whatever precision.
         keep: steps whose points go into `Solution.states`, for a loss on the trajectory. Each has a gradient of its
             own, which costs as much as that of the value; 0 is x0, a step beyond the last gives the value.
         has_aux: f returns a pair ``(f(x), aux)``; the aux of the returned value goes into `Solution.aux`, at the price

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from deqkit.levels import Level
 from deqkit.norms import StateNorm, is_row_wise
@@ -33,6 +37,12 @@ class LoweredEvaluator(Evaluator):
             fx = self.inner(tuple(self.level.up_rows(b) for b in x))
             fx = tuple(self.level.down_rows(b) for b in fx)
         return primal(fx) if self.drops_tangents else fx
+
+    @contextlib.contextmanager
+    def lowered_to(self, dtype: torch.dtype) -> Iterator[None]:
+        """Evaluate f under autocast to ``dtype`` for the time of a block, at its own level."""
+        with super().lowered_to(dtype), self.inner.lowered_to(dtype):
+            yield
 
 
 def lowered_norm(norm: StateNorm, level: Level) -> StateNorm:

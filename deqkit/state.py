@@ -20,7 +20,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -297,6 +297,21 @@ class Evaluator:
         other = self.with_args(tuple(args))
         other.layout = self.layout.narrowed(len(index))
         return other
+
+    @property
+    def can_be_lowered(self) -> bool:
+        """Whether autocast would give f a lower precision than it has. It leaves float64 and complex numbers alone."""
+        available = torch.amp.is_autocast_available(self.layout.device.type)
+        return available and self.autocast_dtype is None and all(x.dtype == torch.float32 for x in self.layout.leaves)
+
+    @contextlib.contextmanager
+    def lowered_to(self, dtype: torch.dtype) -> Iterator[None]:
+        """Evaluate f under autocast to ``dtype`` for the time of a block."""
+        before, self.autocast_dtype = self.autocast_dtype, dtype
+        try:
+            yield
+        finally:
+            self.autocast_dtype = before
 
     @property
     def resolution(self) -> float:

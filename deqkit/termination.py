@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -113,6 +113,23 @@ def patience_for(max_steps: int, blind_steps: int = 0) -> int:
 def outlook_for(max_steps: int, blind_steps: int = 0) -> int:
     """Steps over which a sample's pace is judged, where another solver is waiting for it; see `patience_for`."""
     return max(10, max_steps // 8, 2 * blind_steps)
+
+
+# What served best on the problems of benchmarks/problems.py, solved to 0.15 to 1e-5: 2 or 4 units of the precision cost
+# more evaluations in the full one, half a unit is below what rounding lets f reach.
+_ROUGH, _BRIEF = 1.0, 8
+
+
+def roughly(termination: Termination, resolution: float, blind_steps: int = 0) -> Termination:
+    """The rules of a solve that is to come as near as a precision allows, at little cost, for another to take over.
+
+    Args:
+        termination: the rules of the solve as a whole.
+        resolution: relative spacing of that precision.
+        blind_steps: the solver's, see `deqkit.solvers.base.Solver`.
+    """
+    rtol, patience = max(termination.rtol, _ROUGH * resolution), max(_BRIEF, 2 * blind_steps)
+    return replace(termination, rtol=rtol, patience=patience)
 
 
 _HASTE = 6  # how much quicker a sample may become than it is: accelerated solvers do, the closer they get

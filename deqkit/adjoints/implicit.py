@@ -34,7 +34,7 @@ from deqkit.adjoints.once import once
 from deqkit.adjoints.traced import attach_traced, product_at
 from deqkit.ledger import LoopResult
 from deqkit.solution import report_failure
-from deqkit.solvers import Solver, make_solver
+from deqkit.solvers import Solver, make_backward_solver
 from deqkit.solvers.base import require_float, require_int
 from deqkit.state import Blocks, Evaluator, without_autocast
 from deqkit.termination import Termination
@@ -63,7 +63,7 @@ class ImplicitAdjoint(Adjoint):
         max_steps: step limit of the adjoint solve; None takes the forward one.
 
     Raises:
-        ValueError: an unknown solver or a setting out of range.
+        ValueError: an unknown solver, one in mixed precision, or a setting out of range.
     """
 
     name: ClassVar[str] = "implicit"
@@ -73,7 +73,7 @@ class ImplicitAdjoint(Adjoint):
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        make_solver(self.solver)
+        make_backward_solver(self.solver)
         if self.rtol is not None:
             require_float(self, "rtol", 0.0, float("inf"))
         if self.max_steps is not None:
@@ -172,7 +172,7 @@ class ImplicitAdjoint(Adjoint):
         return solve_at_every_level(self, linear, start, functools.partial(self._run, what=what), own=own).x
 
     def _run(self, problem: Problem, start: Blocks, what: str) -> LoopResult:
-        solver, termination = make_solver(self.solver), self.termination(problem)
+        solver, termination = make_backward_solver(self.solver), self.termination(problem)
         result = stages.run(problem.f, start, solver, termination, max_steps=self.limit(problem), norm=problem.norm)
         if torch.compiler.is_compiling():  # a graph reports nothing
             return result

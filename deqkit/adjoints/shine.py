@@ -35,7 +35,7 @@ from deqkit.adjoints.base import Problem
 from deqkit.adjoints.implicit import ImplicitAdjoint
 from deqkit.arrays import Array
 from deqkit.norms import StateNorm
-from deqkit.solvers import Solver, make_solver
+from deqkit.solvers import Solver, make_backward_solver
 from deqkit.solvers.base import require_float, require_int
 from deqkit.solvers.inverse_jacobian import InverseJacobian
 from deqkit.state import Blocks
@@ -56,7 +56,7 @@ class ShineAdjoint(ApproximateAdjoint):
         solver: name or settings of the refining solver.
 
     Raises:
-        ValueError: an unknown solver or a setting out of range.
+        ValueError: an unknown solver, one in mixed precision, or a setting out of range.
     """
 
     name: ClassVar[str] = "shine"
@@ -68,7 +68,7 @@ class ShineAdjoint(ApproximateAdjoint):
     def __post_init__(self) -> None:
         require_int(self, "refine_steps", minimum=0)
         require_float(self, "fallback_ratio", 0.0, float("inf"), ends="(]")
-        make_solver(self.solver)
+        make_backward_solver(self.solver)
 
     def kept(self, problem: Problem) -> tuple[Tensor, ...]:
         """The inverse Jacobian."""

@@ -19,11 +19,12 @@ from deqkit.diagnosis.records import AdjointTrial, Check, Diagnosis
 from deqkit.diagnosis.subject import Subject
 from deqkit.diagnosis.untouched import untouched
 from deqkit.norms import make_norm
-from deqkit.solvers import SOLVERS, Solver, make_solver
+from deqkit.solvers import SOLVERS, MixedPrecision, Solver, make_solver
 from deqkit.solvers.base import as_int
 from deqkit.state import StateLayout
 from deqkit.termination import Termination
 
+_SOLVERS = {name: solver for name, solver in SOLVERS.items() if solver is not MixedPrecision}  # how, not what
 # In this order; each needs what those before it have found to be so.
 _OF_THE_CALL = {"runs": checks.runs, "structure": checks.structure, "keeps x": checks.input_kept}
 _OF_THE_VALUE = {
@@ -76,7 +77,7 @@ def diagnose(
         x0: see there.
         args: see there.
         solvers: names or solver objects to try; None tries all there are ("gmres" and "bicgstab", which
-            are for an affine f, only if f is one).
+            are for an affine f, only if f is one) but "mixed_precision", which converges where its solver does.
         adjoints: names or adjoint objects to try; None tries all there are.
         rtol: see there.
         atol: see there.
@@ -100,7 +101,7 @@ def diagnose(
     batch_dims, max_steps = _at_least("batch_dims", batch_dims, 0), _at_least("max_steps", max_steps, 1)
     if Termination(rtol, atol).fixed_steps:
         raise ValueError("rtol and atol must not both be 0: there would be nothing to converge to")
-    chosen = [make_solver(s) for s in _listed("solvers", solvers, SOLVERS)]
+    chosen = [make_solver(s) for s in _listed("solvers", solvers, _SOLVERS)]
     wanted = [make_adjoint(a) for a in _listed("adjoints", adjoints, ADJOINTS)]
     layout = StateLayout(x0, batch_dims)
     make_norm(norm, layout)

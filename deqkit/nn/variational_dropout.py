@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deqkit import held
+from deqkit.state import autocast_enabled
 
 
 class VariationalDropout(nn.Module):
@@ -91,7 +92,11 @@ class VariationalDropout(nn.Module):
         shape = self._mask_shape(x.shape)
 
         def draw() -> Tensor:
-            kept = torch.empty(shape, dtype=x.real.dtype, device=x.device).bernoulli_(1 - self.p)
+            # Under autocast it may be needed in full precision later on.
+            dtype = x.real.dtype
+            if autocast_enabled(x.device):
+                dtype = torch.promote_types(dtype, torch.float32)
+            kept = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - self.p)
             return kept / (1 - self.p) if self.p < 1 else kept
 
         return held.mask((self, shape, x.device), draw)

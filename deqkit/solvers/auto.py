@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deqkit.solvers.anderson import Anderson
-from deqkit.solvers.base import Solver, SolverState
+from deqkit.solvers.base import Solver, SolverState, Stage
 from deqkit.solvers.broyden import Broyden
 from deqkit.solvers.newton_krylov import NewtonKrylov
 
@@ -43,13 +43,13 @@ class Auto(Solver):
         for solver in solvers:
             if not isinstance(solver, Solver):
                 raise TypeError(f"Auto: solvers must be solver objects, got {solver!r}")
-            if isinstance(solver, Auto):
+            if len(solver.stages()) > 1:
                 raise ValueError(f"Auto: each of the solvers must be a single one, got {solver!r}")
         object.__setattr__(self, "solvers", solvers)
 
-    def stages(self) -> tuple[Solver, ...]:
+    def stages(self) -> tuple[Stage, ...]:
         """The solvers."""
-        return self.solvers
+        return tuple(Stage(solver) for solver in self.solvers)
 
     def start(self) -> SolverState:
         """The state of the first solver."""

@@ -6,8 +6,9 @@ import numbers
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from deqkit import arrays
@@ -129,9 +130,9 @@ class Solver(ABC):
         """The most steps in a row that may bring no better point although all goes well."""
         return 0
 
-    def stages(self) -> tuple[Solver, ...]:
-        """The solvers that make up this one, in the order in which they are tried."""
-        return (self,)
+    def stages(self) -> tuple[Stage, ...]:
+        """The solves in a row that make up one by this solver."""
+        return (Stage(self),)
 
     @abstractmethod
     def start(self) -> SolverState:
@@ -140,6 +141,19 @@ class Solver(ABC):
     def start_recording(self) -> RecordingState:
         """A fresh state for one solve, from which an adjoint will want the record."""
         raise NotImplementedError(f"solver={self.name!r} keeps no record")
+
+
+class Stage(NamedTuple):
+    """One of several solves in a row, see `deqkit.stages`.
+
+    Attributes:
+        solver: its solver, itself not in stages.
+        autocast: low precision in which f is evaluated, to come near the answer and no further; None: that of the
+            caller.
+    """
+
+    solver: Solver
+    autocast: torch.dtype | None = None
 
 
 class Safeguard:
