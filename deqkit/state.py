@@ -308,10 +308,12 @@ class Evaluator:
     def lowered_to(self, dtype: torch.dtype) -> Iterator[None]:
         """Evaluate f under autocast to ``dtype`` for the time of a block."""
         before, self.autocast_dtype = self.autocast_dtype, dtype
+        torch.clear_autocast_cache()  # inside of an outer autocast it outlives a call, and does not look at dtypes
         try:
             yield
         finally:
             self.autocast_dtype = before
+            torch.clear_autocast_cache()
 
     @property
     def resolution(self) -> float:

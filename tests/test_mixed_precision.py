@@ -163,6 +163,19 @@ def test_inside_of_autocast(dtype: torch.dtype) -> None:
     assert sol.converged.all() and any(f.low) and not f.low[-1]
 
 
+def test_casts_cached_in_another_precision() -> None:
+    """PyTorch caches the cast of a parameter, whatever the dtype, until the outermost autocast ends."""
+    f = Counted()
+    weight = nn.Parameter(f.a)
+    half = lambda: nn.functional.linear(f.x0, weight).dtype  # noqa: E731
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert half() == torch.float16
+        with torch.autocast("cpu", enabled=False):
+            sol = solve(lambda x: torch.tanh(nn.functional.linear(x, weight) + f.b), f.x0, solver=MIXED, rtol=1e-5)
+        assert half() == torch.float16
+    assert sol.converged.all()
+
+
 def test_autocast_is_as_it_was_afterwards() -> None:
     f = Counted()
 

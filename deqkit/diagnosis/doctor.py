@@ -24,7 +24,6 @@ from deqkit.solvers.base import as_int
 from deqkit.state import StateLayout
 from deqkit.termination import Termination
 
-_SOLVERS = {name: solver for name, solver in SOLVERS.items() if solver is not MixedPrecision}  # how, not what
 # In this order; each needs what those before it have found to be so.
 _OF_THE_CALL = {"runs": checks.runs, "structure": checks.structure, "keeps x": checks.input_kept}
 _OF_THE_VALUE = {
@@ -101,7 +100,8 @@ def diagnose(
     batch_dims, max_steps = _at_least("batch_dims", batch_dims, 0), _at_least("max_steps", max_steps, 1)
     if Termination(rtol, atol).fixed_steps:
         raise ValueError("rtol and atol must not both be 0: there would be nothing to converge to")
-    chosen = [make_solver(s) for s in _listed("solvers", solvers, _SOLVERS)]
+    known = {name: solver for name, solver in SOLVERS.items() if solver is not MixedPrecision}
+    chosen = [make_solver(s) for s in _listed("solvers", solvers, known)]
     wanted = [make_adjoint(a) for a in _listed("adjoints", adjoints, ADJOINTS)]
     layout = StateLayout(x0, batch_dims)
     make_norm(norm, layout)

@@ -148,8 +148,8 @@ class Stage(NamedTuple):
 
     Attributes:
         solver: its solver, itself not in stages.
-        autocast: low precision in which f is evaluated, to come near the answer and no further; None: that of the
-            caller.
+        autocast: low precision in which a first stage evaluates f, to come near the answer and no further; None: that
+            of the caller.
     """
 
     solver: Solver
