@@ -82,7 +82,7 @@ def solve(
         batch_dims: leading dims that index independent samples; 0 for one system.
         on_failure: what to do when samples do not converge, here and in the backward pass: "warn" issues a
             `ConvergenceWarning`, "raise" raises a `ConvergenceError`, "ignore" leaves it to the caller to look.
-        trace: whether to record the relative residual of every evaluation, in whatever precision.
+        trace: whether to record the relative residual of every evaluation.
         keep: steps whose points go into `Solution.states`, for a loss on the trajectory. Each has a gradient of its
             own, which costs as much as that of the value; 0 is x0, a step beyond the last gives the value.
         has_aux: f returns a pair ``(f(x), aux)``; the aux of the returned value goes into `Solution.aux`, at the price

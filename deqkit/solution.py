@@ -81,7 +81,7 @@ class Solution:
         num_steps: solver steps each sample took until it ended, batch.
         num_fn_evals: how often f was called, the evaluations that only carry the gradient included.
         trace: relative residuals (evaluations, batch) if asked for, else None. Row 0 belongs to x0. A sample that has
-            ended is not measured any more: NaN.
+            ended is not measured any more: NaN. By "mixed_precision" the first rows are those of f in low precision.
         states: the points of the steps that were asked for, by step, like `value`; differentiable, with the gradient
             that the adjoint would give them if they were the answer. Where a sample had ended by then: its value.
         aux: the second output of f at `value`, under ``has_aux=True``; differentiable.

@@ -34,7 +34,8 @@ class MixedPrecision(Solver):
     tolerance, or when it can get no closer; from its best point, and for the rest of `max_steps`. Value, residual and
     status are those of f in full precision, which is evaluated at least once. It pays where a call of f in low
     precision takes much less time than one in full precision, as for convolutions and large products of matrices on
-    hardware made for it, and where what is asked for is not much finer than the low precision.
+    hardware made for it, and where what is asked for is not much finer than the low precision. A start
+    that is closer than that already, such as the last fixed point, is better left to ``solver`` alone.
 
     Only solves to a tolerance of float32 states outside of autocast have such a first stage. All others are those of
     ``solver`` alone: autocast leaves float64 and complex numbers as they are, lower precisions have nothing to gain,
