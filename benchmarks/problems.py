@@ -319,6 +319,7 @@ PROBLEMS: dict[str, Callable[[bool], _Draft]] = {
 LARGE_PROBLEMS: dict[str, Callable[[bool], _Draft]] = {
     "mixed_batch": lambda small: _mixed(256, small),
     "ifpn_wide": lambda small: _ifpn("weights as at the start of training", 0.01, small, channels=256, image=128),
+    "ifpn_large": lambda small: _ifpn("weights as at the start of training", 0.01, small, channels=256, image=256),
 }
 """More of them, too large to be solved over and over again."""
 

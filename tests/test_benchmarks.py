@@ -22,7 +22,8 @@ SCRIPT = BENCHMARKS / "solver_iters.py"
 @pytest.fixture(scope="module")
 def modules():
     """The benchmarks' modules."""
-    with benchmark_modules("problems", "options", "measure", "solver_iters", "warm_start", "stability") as found:
+    names = ("problems", "options", "measure", "solver_iters", "warm_start", "stability", "mixed_precision")
+    with benchmark_modules(*names) as found:
         yield found
 
 
@@ -315,6 +316,26 @@ def test_unusable_arguments_of_warm_start(modules, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         modules["warm_start"].main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_mixed_precision_counts_calls_by_their_precision(modules, tmp_path, capsys):
+    mixed = modules["mixed_precision"]
+    arguments = ["--small", "--problem", "conv", "--problem", "ifpn_large", "--repeats", "1", "--threads", "1"]
+    assert mixed.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "mixed_precision.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [field.name for field in fields(mixed.Row)]
+    assert [(row["problem"], float(row["rtol"])) for row in rows] == [
+        (name, rtol) for name in ("conv", "ifpn_large") for rtol in mixed.TOLERANCES
+    ]
+    for row in rows:
+        calls, low, full = (int(row[name]) for name in ("calls", "low_calls", "full_calls"))
+        assert row["unsolved"] == "0" and 0 < full < calls <= low + full <= calls + 4
+        assert (full == 1) == (float(row["rtol"]) > 0.05) or float(row["rtol"]) == 0.01
+        costs = low * float(row["low_ms"]) + full * float(row["full_ms"])
+        assert float(row["by_calls"]) == pytest.approx(costs / (calls * float(row["full_ms"])))
+        assert float(row["by_clock"]) > 0
+    assert capsys.readouterr().out.splitlines()[-3].split()[:2] == ["ifpn_large", "1e-05"]
 
 
 def test_stability_measures_every_variant(modules, tmp_path, capsys):
