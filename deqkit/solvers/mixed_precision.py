@@ -3,14 +3,14 @@
 While a residual is large, f is needed to a few digits only. So the solver first works on f under autocast, until its
 residual is of the size of that precision's rounding, and then from there on f in the caller's precision:
 
-    |f_low(x) - x| <= max(rtol, c eps_low) |f_low(x)|,   then   |f(x) - x| <= rtol |f(x)|
+    |f_low(x) - x| <= max(rtol, eps_low) |f_low(x)|,   then   |f(x) - x| <= rtol |f(x)|
 
-It is nested iteration over precisions, as iterative refinement in mixed precision is over those of a factorisation
-(Higham & Mary, "Mixed precision algorithms in numerical linear algebra", Acta Numerica 31 (2022), sec. 5): the accuracy
-in the end is that of the precision in which the residual is computed.
+As in iterative refinement (Higham & Mary, "Mixed precision algorithms in numerical linear algebra", Acta Numerica 31,
+2022), the accuracy in the end is that of the precision in which the residual is computed. One unit of the low precision
+is where to change over by the problems of benchmarks/problems.py, see `deqkit.termination.roughly`.
 
-Deliberate deviation: the second stage starts with an empty history. Secant pairs from the first one are wrong by the
-rounding of f there, relative to residuals that are no larger by then.
+The second stage starts with an empty history: secant pairs of the first one are wrong by the rounding of f there, which
+is as large as its last residuals.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ class MixedPrecision(Solver):
     tolerance, or when it can get no closer; from its best point, and for the rest of `max_steps`. Value, residual and
     status are those of f in full precision, which is evaluated at least once. It pays where a call of f in low
     precision takes much less time than one in full precision, as for convolutions and large products of matrices on
-    hardware made for it, and where what is asked for is not much finer than the low precision. A start
-    that is closer than that already, such as the last fixed point, is better left to ``solver`` alone.
+    hardware made for it, and where what is asked for is not much finer than the low precision. A start that is closer
+    than that already, such as the last fixed point, is better left to ``solver`` alone.
 
     Only solves to a tolerance of float32 states outside of autocast have such a first stage. All others are those of
     ``solver`` alone: autocast leaves float64 and complex numbers as they are, lower precisions have nothing to gain,
     and a fixed number of steps has no point at which to go over.
 
-    The trace and what a callback is told are residuals in the precision of their stage. The adjoints "shine" and
-    "reversible" need the record of a solve in one piece; and in a backward pass there is nothing to gain, as its
-    products run in the precision of the graph.
+    The trace and what a callback is told are residuals in the precision of their stage. The adjoint "unrolled"
+    differentiates every step in the precision that it was taken in; "shine" and "reversible" need the record of a solve
+    in one piece, and refuse. In a backward pass there is nothing to gain, as its products run in the precision of the
+    graph.
 
     Args:
         solver: solver object, for both stages.
