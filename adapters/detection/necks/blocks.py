@@ -144,7 +144,8 @@ def max_pool(x: Tensor, mask: Tensor | None, pool: Callable[[Tensor], Tensor]) -
     """
     if mask is None:
         return pool(x)
-    return blank(pool(x.masked_fill(~mask, -torch.inf)), pool(mask.to(x.dtype)) > 0)
+    inside = torch.where(mask, x, -torch.inf)  # in x's memory format, which masked_fill does not keep
+    return blank(pool(inside), pool(mask.to(x.dtype)) > 0)
 
 
 def zero_convs_(modules: Iterable[nn.Module]) -> None:

@@ -193,7 +193,7 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
             **settings: Keyword settings of `ImplicitFPN`, from `transform` on.
 
         Returns:
-            The implicit FPN, on the device, in the dtype and in the mode (train or eval) of `fpn`.
+            The implicit FPN, on the device and in the dtype, the memory format and the mode (train or eval) of `fpn`.
 
         Raises:
             TypeError: If `fpn` is not a `FeaturePyramidNetwork`, or a setting is unknown.
@@ -215,6 +215,9 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
         neck.training = fpn.training
         for module in (neck.module, neck.basis_norms):
             module.to(device=weight.device, dtype=weight.dtype).train(fpn.training)
+        kernel = next(m.weight for m in fpn.layer_blocks.modules() if isinstance(m, nn.Conv2d))
+        if not kernel.is_contiguous():
+            neck.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return neck
 
     @property

@@ -235,12 +235,12 @@ OUT_NORMS: dict[str, type[nn.Module]] = {
 def _side_by_side(
     norm: Callable[[Tensor, Tensor | None], Tensor], levels: Sequence[Tensor], masks: Masks | None
 ) -> list[Tensor]:
-    """Apply a norm to all levels laid side by side, (B, C, 1, all pixels)."""
-    pixels = torch.cat([x.flatten(2) for x in levels], dim=2).unsqueeze(2)
-    mask = None if masks is None else torch.cat([m.flatten(2) for m in masks], dim=2).unsqueeze(2)
-    out = norm(pixels, mask).squeeze(2)
-    sizes = [x.shape[2] * x.shape[3] for x in levels]
-    return [o.unflatten(2, x.shape[-2:]) for o, x in zip(out.split(sizes, dim=2), levels, strict=True)]
+    """Apply a norm to all levels laid side by side, (B, C, 1, all pixels), in the memory format that they have."""
+    # Joined and parted with four dims: with three there is no memory format to keep, forward or backward.
+    pixels = torch.cat([x.flatten(2).unsqueeze(2) for x in levels], dim=3)
+    mask = None if masks is None else torch.cat([m.flatten(2).unsqueeze(2) for m in masks], dim=3)
+    out = norm(pixels, mask).split([x.shape[2] * x.shape[3] for x in levels], dim=3)
+    return [o.squeeze(2).unflatten(2, x.shape[-2:]) for o, x in zip(out, levels, strict=True)]
 
 
 def _widened(x: Tensor) -> Tensor:
