@@ -38,6 +38,7 @@ from torch.utils._pytree import (
 )
 
 from deqkit import levels
+from deqkit.compiled import graphs_to_keep
 
 Blocks = tuple[Tensor, ...]
 
@@ -330,7 +331,7 @@ class Evaluator:
         """
         versions = versions_of(x)
         self.num_calls += 1
-        with self._autocast():
+        with self._autocast(), graphs_to_keep():
             fx = self.layout.pack_output(self.f(self.layout.unpack(x), *self.args))
         if versions != versions_of(x):
             raise RuntimeError("f changed its input in place; it must leave x as it is and return a new value")

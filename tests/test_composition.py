@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import socket
 import warnings
 from pathlib import Path
@@ -66,6 +67,45 @@ def test_compiled_f() -> None:
     out = net(inputs)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(gradients(net, out), expected_gradients)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "neumann", "phantom"])
+def test_compiled_f_at_several_sizes(adjoint: str) -> None:
+    """With dynamic shapes, from the second size on, a compiled backward pass has to be told that its graph is kept."""
+    net = Net(adjoint=adjoint)
+    net.equilibrium.module.compile(backend="aot_eager")
+    eager = copy.deepcopy(net)
+    assert eager.equilibrium.module._compiled_call_impl is None
+    for batch in (3, 4, 5):
+        inputs = torch.randn(batch, 6)
+        torch.testing.assert_close(gradients(net, net(inputs)), gradients(eager, eager(inputs)))
+
+
+def test_products_along_a_compiled_f_at_several_sizes() -> None:
+    cell = Cell()
+    compiled = torch.compile(cell, backend="aot_eager")
+    for batch in (3, 4, 5):
+        x, b = torch.randn(batch, 6), torch.randn(batch, 6)
+        torch.testing.assert_close(deqkit.spectral_radius(compiled, x, (b,)), deqkit.spectral_radius(cell, x, (b,)))
+
+
+class Scaled(Cell):
+    """Its tanh is an intermediate result that derivatives need."""
+
+    def forward(self, x: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return 0.9 * super().forward(x, inputs)
+
+
+def test_a_graph_that_was_compiled_to_be_walked_once_is_refused() -> None:
+    """It may write over what it has saved: to go on would be silently wrong."""
+    net = Net()
+    cell = net.equilibrium.module = Scaled()
+    cell.compile(backend="aot_eager", dynamic=True)
+    x, b = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    cell(x, b).sum().backward()  # compiled here, outside of a solve
+    out = net(torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="donated"):
+        gradients(net, out)
 
 
 def test_compiled_module_around_a_solve() -> None:

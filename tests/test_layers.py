@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"arrays", "held", "levels", "linalg", "lowered", "norms", "rows", "small_systems", "state"},
+    {"arrays", "compiled", "held", "levels", "linalg", "lowered", "norms", "rows", "small_systems", "state"},
     {"errors", "solution", "termination"},
     {"solvers"},
     {"ledger", "loop", "shrinking", "stages"},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from deqkit import linalg
+from deqkit import compiled, linalg
 from deqkit.state import Blocks, Evaluator
 
 
@@ -163,9 +163,13 @@ def grad_of_present(
     if not present or not inputs:
         return (None,) * len(inputs)
     outputs, cotangents = zip(*present, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    settings = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+    try:
+        return torch.autograd.grad(outputs, inputs, cotangents, **settings)
+    except RuntimeError as error:
+        if not (compiled.is_refusal(error) and compiled.let_be_kept(outputs)):
+            raise
+    return torch.autograd.grad(outputs, inputs, cotangents, **settings)
 
 
 def _sum(terms: list[Tensor | None]) -> Tensor | None:
