@@ -36,10 +36,14 @@ def cost_tables(rows: Sequence[Row]) -> list[str]:
     """Two tables per detector, size and device: what it costs, and what G was called for."""
     tables = []
     for (detector, size, device), mine in groups(rows).items():
-        title = f"{detector}, {mine[0].backbone}, {size} px, {mine[0].images} per batch, {device}, {mine[0].weights}"
+        title = f"{detector}, {mine[0].backbone}, {size} px, {mine[0].images} per batch, {device}, {_how(mine[0])}"
         tables.append(f"{title} (x: over the explicit FPN)\n{_cost_table(mine)}")
         tables.append(f"Calls of G per batch (the implicit necks of {title})\n{_calls_table(mine)}")
     return tables
+
+
+def _how(row: Row) -> str:
+    return f"{row.weights}, {row.setting}" if row.setting else row.weights
 
 
 def _cost_table(rows: Sequence[Row]) -> str:
@@ -104,7 +108,7 @@ def verdicts(rows: Sequence[Row], by_steps: Sequence[StepRow]) -> list[str]:
     for (detector, size, device), mine in groups(rows).items():
         named = {row.neck: row for row in mine}
         aimed = (detector, mine[0].backbone) == ("retinanet", "resnet50")
-        head = f"{detector}, {size} px, {device}, {mine[0].weights}: "
+        head = f"{detector}, {size} px, {device}, {_how(mine[0])}: "
         for neck, target in TRAINING.items():
             if neck in named:
                 row = named[neck]

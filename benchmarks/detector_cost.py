@@ -59,6 +59,28 @@ BOXES = 8  # per image
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How all detectors of a comparison are run.
+
+    Attributes:
+        channels_last: weights, and with them all maps, in that memory format.
+        autocast: precision that G is computed in, of the implicit necks alone; None for float32.
+        compiled: G is compiled where it is timed; the explicit FPN is not.
+    """
+
+    channels_last: bool = False
+    autocast: str | None = None
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        parts = (
+            "channels_last" if self.channels_last else "", f"G in {self.autocast}" if self.autocast else "",
+            "G compiled" if self.compiled else "",
+        )  # fmt: skip
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
 class Calls:
     """What G was called for, in a training step or an inference.
 
@@ -107,17 +129,20 @@ class Subject:
         images: maps (3, H, W) in 0..1, on the device to run on.
         seed: of the weights, of the boxes to find, and of what a detector draws in training.
         weights: state dict of a trained detector; the explicit FPN takes what fits.
+        setting: how it is run.
     """
 
     def __init__(
         self, config: DetectorConfig, variant: str, images: Sequence[Tensor], seed: int,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None, setting: Setting = Setting(),
     ) -> None:  # fmt: skip
         self.variant, self.images, self.seed, self.device = variant, list(images), seed, images[0].device
         design = {name: value for name, value in config.neck_settings.items() if name not in SOLVE_SETTINGS}
+        if setting.autocast:
+            design["autocast"] = setting.autocast
         neck = {} if variant == EXPLICIT else {**design, **ALL_VARIANTS[variant]}
         config = replace(config, neck="fpn" if variant == EXPLICIT else "ifpn", neck_settings=neck)
-        self.config = config
+        self.config, self.setting = config, setting
         torch.manual_seed(seed)
         self.model: Any = as_trained(config.build(), config).to(self.device)
         if weights is None:
@@ -125,6 +150,8 @@ class Subject:
         else:
             known = {name: w for name, w in weights.items() if variant != EXPLICIT or "backbone.fpn." not in name}
             self.model.load_state_dict(known, strict=variant != EXPLICIT)
+        if setting.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.targets = [_boxes(image, seed + i) for i, image in enumerate(self.images)]
         self.optimizer = self._make_optimizer()
 
@@ -156,6 +183,13 @@ class Subject:
         self.model.eval()
         self.model(self.images)
         after()
+
+    def compile(self) -> None:
+        """Compile G where the setting says so, for training and for inference; copies are not compiled."""
+        if self.setting.compiled and self.variant != EXPLICIT:
+            self.neck.transform.compile()
+            self.train_step()
+            self.infer()
 
     def lap(self, action: str) -> Lap:
         """Time "train_step" or "infer" once."""

@@ -20,6 +20,7 @@ those of processor time are given, too: where others use the machine, they are t
     anderson   the same to 1e-3
     paper      Broyden, 15 steps forward and backward, 7 in inference
 
+``--channels-last``, ``--autocast`` and ``--compile`` run all of them so; with the first the explicit FPN, too.
 ``--neck`` also takes what "fast" could be: `CANDIDATES` of `detector_cost.py`, by forward tolerance and adjoint.
 MACs are those of convolutions and matrix products as carried out. Memory is that of tensors, weights and momentum
 included (`peak_memory.py`), and, on a CPU, what the process grows by.
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peak_memory  # noqa: F401  before torch: it quietens the profiler
 import torch
 from cost_report import cost_tables, memory_table, plot_cost, verdicts
-from detector_cost import ALL_VARIANTS, EXPLICIT, VARIANTS, Calls, Lap, Subject
+from detector_cost import ALL_VARIANTS, EXPLICIT, VARIANTS, Calls, Lap, Setting, Subject
 from options import parse_steps
 from reporting import DetectorError, describe, run_record, write_csv, write_json
 from sizing import SOLVES, settings_of, size_recipe
@@ -68,6 +69,7 @@ class Row:
         images: in a batch.
         device: where it ran.
         weights: "random weights" or the checkpoint's.
+        setting: how all necks were run, in words; empty for float32 in NCHW, not compiled.
         train_seconds: of a training step: forward, losses, backward, optimiser.
         train_ratio: to the explicit FPN's.
         train_processor_ratio: of the processor time, to the explicit FPN's; NaN on CUDA.
@@ -104,6 +106,7 @@ class Row:
     images: int
     device: str
     weights: str
+    setting: str
     train_seconds: float
     train_ratio: float
     train_processor_ratio: float
@@ -200,11 +203,12 @@ def measure(
         tick: called after every training step and every inference.
         weights: what they are called.
     """
-    counted, memory, process = {}, {}, {}
+    counted, memory, process, setting = {}, {}, {}, str(subjects[EXPLICIT].setting)
     for name, subject in subjects.items():
         counted[name] = Counted(*subject.count("train_step"), *subject.count("infer"))
         memory[name] = subject.peak_memory()
         process[name] = subject.process_memory()
+        subject.compile()
         tick()
     laps = compare(subjects, rounds, tick)
     full = {} if recipe is None else full_mac_ratios(recipe, counted)
@@ -214,7 +218,7 @@ def measure(
         own = counted[name]
         rows.append(Row(
             detector, subject.config.backbone, name, size, len(subject.images), str(subject.device), weights,
-            *_times(train[name], train[EXPLICIT], subject.device), own.train_macs[""] / 1e9,
+            setting, *_times(train[name], train[EXPLICIT], subject.device), own.train_macs[""] / 1e9,
             own.train_macs[""] / explicit.train_macs[""], full.get(name, float("nan")), _share(train[name]),
             *_times(infer[name], infer[EXPLICIT], subject.device), own.infer_macs[""] / 1e9,
             own.infer_macs[""] / explicit.infer_macs[""], _share(infer[name]),
@@ -277,6 +281,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, action="append", help="pixels; repeatable; default: 256")
     parser.add_argument("--images", type=int, default=2, help="in a batch; default: 2, as in the recipes")
+    parser.add_argument("--channels-last", action="store_true", help="weights and maps in channels_last")
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="precision of G; default: float32")
+    parser.add_argument("--compile", action="store_true", help="G compiled, as it is timed (takes a minute per neck)")
     parser.add_argument("--device", choices=("cpu", "cuda"), action="append", help="default: both, where present")
     parser.add_argument("--rounds", type=int, default=3, help="of timing; default: 3")
     parser.add_argument(
@@ -347,6 +354,7 @@ def run(args: argparse.Namespace, devices: Sequence[torch.device]) -> tuple[list
     """All comparisons."""
     necks = [name for name in ALL_VARIANTS if name == EXPLICIT or name in (args.neck or VARIANTS)]
     weights = f"weights of {args.checkpoint.name}" if args.checkpoint else "random weights"
+    setting = Setting(args.channels_last, args.autocast, args.compile)
     each = len(necks) * (1 + 2 * args.rounds)
     total = len(devices) * (len(args.plan) * each + len(args.steps) * len(set(STEPPED) & set(necks)))
     rows: list[Row] = []
@@ -357,7 +365,7 @@ def run(args: argparse.Namespace, devices: Sequence[torch.device]) -> tuple[list
                 size = config.sizes[-1]
                 bar.set_description(f"{detector}, {size} px, {device}")
                 images = [image.to(device) for image in args.batch or noise(args.images, size, size, "cpu", args.seed)]
-                subjects = {name: Subject(config, name, images, args.seed, args.weights) for name in necks}
+                subjects = {name: Subject(config, name, images, args.seed, args.weights, setting) for name in necks}
                 recipe = None if args.checkpoint or args.quick else f"t1_{detector}"
                 found = measure(detector, size, subjects, args.rounds, recipe, bar.update, weights)
                 rows += found
@@ -375,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Row], list[StepRow]]:
     settings = {
         "detectors": {f"{name}, {config.sizes[-1]} px": vars(config) for name, config in args.plan},
         "necks": dict(VARIANTS), "images": args.images, "rounds": args.rounds, "quick": args.quick,
-        "checkpoint": args.checkpoint, "pictures": args.pictures,
+        "checkpoint": args.checkpoint, "pictures": args.pictures, "channels_last": args.channels_last,
+        "autocast": args.autocast, "compiled": args.compile,
     }  # fmt: skip
     record = run_record(devices[-1], args.seed, settings)
     print(describe(record) + "\n", flush=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyramids import ODD, pyramid
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -162,6 +163,27 @@ def test_unrolled_under_autocast_and_copied() -> None:
 
 
 # --- precision of G ----------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of 3x3 kernels."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.num += func is torch.ops.aten._to_copy.default and out.shape[2:] == (3, 3) and args[0].requires_grad
+        return out
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_weights_are_cast_once_in_an_inference(steps) -> None:
+    neck = ImplicitFPN(CHANNELS, 16, autocast="bfloat16", rtol=0.0, max_steps=steps)
+    with torch.no_grad(), Casts() as casts:
+        neck(features())
+    kernels = [p for p in neck.transform.parameters() if p.dim() == 4]
+    assert casts.num == len(kernels) and all(p.shape[2:] == (3, 3) for p in kernels)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("unroll", [None, 2])

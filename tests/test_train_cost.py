@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,9 +25,10 @@ def modules():
         yield SimpleNamespace(**found)
 
 
-def subject(modules, variant, detector="retinanet", size=64, images=1, channels=32, **settings):
+def subject(modules, variant, detector="retinanet", size=64, images=1, channels=32, setting=None, **settings):
     config = DetectorConfig(4, "fpn", detector, neck_channels=channels, image_size=size, head_norm=False, **settings)
-    return modules.detector_cost.Subject(config, variant, noise(images, size, size, "cpu"), seed=0)
+    images, setting = noise(images, size, size, "cpu"), setting or modules.detector_cost.Setting()
+    return modules.detector_cost.Subject(config, variant, images, seed=0, setting=setting)
 
 
 def test_peaks_are_counted_to_the_byte(modules):
@@ -106,6 +108,23 @@ def test_steps_are_those_asked_for(modules):
     assert subject(modules, "neumann").copy(5).neck.adjoint.num_terms == 3
 
 
+def test_settings_are_those_asked_for(modules):
+    """The explicit FPN knows of the memory format alone."""
+    setting = modules.detector_cost.Setting(channels_last=True, autocast="bfloat16", compiled=True)
+    assert str(setting) == "channels_last, G in bfloat16, G compiled" and not str(modules.detector_cost.Setting())
+    for name in ("fast", "fpn"):
+        s, steps = subject(modules, name, setting=setting), []
+        s.train_step, s.infer = partial(steps.append, "train"), partial(steps.append, "infer")
+        s.compile()
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in s.model.parameters() if p.dim() == 4)
+        if name == "fast":
+            assert s.neck.module.autocast == torch.bfloat16 and s.neck.transform._compiled_call_impl is not None
+            assert steps == ["train", "infer"] and s.copy().neck.transform._compiled_call_impl is None
+        else:
+            assert not steps and s.neck._compiled_call_impl is None
+    assert subject(modules, "fast").neck.module.autocast is None
+
+
 def test_a_step_changes_no_weight(modules):
     s = subject(modules, "fast")
     before = {name: value.detach().clone() for name, value in s.model.named_parameters()}
@@ -146,6 +165,7 @@ def test_every_detector(modules, detector):
 def test_a_run(modules, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--quick", "--rounds", "1", "--neck", "paper", "--steps", "2,4", "--out", str(out), "--device", "cpu"]
+    arguments += ["--channels-last"]
     rows, by_steps = modules.train_cost.main(arguments)
     assert [(row.neck, row.image_size) for row in rows] == [("fpn", 64), ("paper", 64)]
     explicit, paper = rows
@@ -156,13 +176,16 @@ def test_a_run(modules, tmp_path, capsys):
     assert [(row.neck, row.steps) for row in by_steps] == [("paper", 2), ("paper", 4)]
     printed = capsys.readouterr().out
     assert explicit.train_processor_ratio == 1 and paper.train_processor_ratio > 0 and paper.infer_processor_ratio > 0
-    assert "cpu, random weights: training step, paper / FPN" in printed and "Calls of G" in printed
+    how = "channels_last"
+    assert f"cpu, random weights, {how}: training step, paper / FPN" in printed and "Calls of G" in printed
+    assert explicit.setting == paper.setting == how
     assert (explicit.weights, paper.equivalents) == ("random weights", 35)
     assert {path.name for path in out.iterdir()} == {
         "train_cost.csv", "memory.csv", "train_cost.json", "train_cost.png",
     }  # fmt: skip
     record = json.loads((out / "train_cost.json").read_text())
     assert record["seed"] == 0 and record["verdicts"] and record["settings"]["rounds"] == 1
+    assert record["settings"]["channels_last"] and record["settings"]["autocast"] is None
     with (out / "train_cost.csv").open() as file:
         assert [line["neck"] for line in csv.DictReader(file)] == ["fpn", "paper"]
 

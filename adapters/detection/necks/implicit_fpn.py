@@ -300,12 +300,13 @@ class ImplicitFPN(deqkit.nn.FixedPoint):
             basis = [norm(b, mask) for norm, b, mask in zip(self.basis_norms, basis, given, strict=True)]
         basis = [full_precision(blank(b, mask)) for b, mask in zip(basis, given, strict=True)]
         pyramid: Any = [torch.zeros_like(b) for b in basis]
-        if self.unroll is None:
-            pyramid = super().forward(pyramid, basis, masks)
-        else:
-            with deqkit.nn.hold(self.module):
-                for _ in range(self.unroll):
-                    pyramid = self.module(pyramid, basis, masks)
+        with self.module.casts_kept(of.device.type):
+            if self.unroll is None:
+                pyramid = super().forward(pyramid, basis, masks)
+            else:
+                with deqkit.nn.hold(self.module):
+                    for _ in range(self.unroll):
+                        pyramid = self.module(pyramid, basis, masks)
         for module in self.module.modules():
             if isinstance(module, IntegratedBatchNorm):
                 module.update_running_stats()

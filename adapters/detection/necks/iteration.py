@@ -1,5 +1,6 @@
 """The residual-like iteration P <- G(P + B) of i-FPN (arXiv 2012.13563, Eq. 7), and the settings it is solved with."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,16 @@ class ResidualLikeIteration(nn.Module):
         if self.autocast is not None or autocast_enabled(device):
             out = [o.to(p.dtype) for o, p in zip(out, pyramid, strict=True)]
         return out
+
+    def casts_kept(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        """A block in which weights are cast to the lower precision once, and not in each evaluation without gradient.
+
+        PyTorch keeps such casts until the outermost autocast block ends; this one changes nothing else.
+        """
+        if self.autocast is None or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        cache, dtype = torch.is_autocast_cache_enabled(), torch.get_autocast_dtype(device)
+        return torch.autocast(device, dtype=dtype, enabled=autocast_enabled(device), cache_enabled=cache)
 
     def zero_init_(self) -> None:
         """Let G be zero, whatever its input; without a G there is nothing to do.
