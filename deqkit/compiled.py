@@ -19,12 +19,15 @@ from torch import Tensor
 from torch._functorch import config
 
 
+def graphs_to_keep() -> contextlib.AbstractContextManager[None]:
+    """A block in which what is compiled lets its graphs be kept."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # on the way of every evaluation
+        return contextlib.nullcontext()
+    return _without_donated_buffers()
+
+
 @contextlib.contextmanager
-def graphs_to_keep() -> Iterator[None]:
-    """What is compiled within the block lets its graphs be kept."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        yield
-        return
+def _without_donated_buffers() -> Iterator[None]:
     before = config.donated_buffer
     config.donated_buffer = False
     try:
