@@ -16,18 +16,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config
+
+try:
+    from torch._functorch import config
+except ImportError:
+    config = None
+
+# It promises nobody to be there. Without it compiled functions are as PyTorch makes them, and all others as they were.
+_IS_KNOWN = hasattr(config, "donated_buffer")
 
 
 def graphs_to_keep() -> contextlib.AbstractContextManager[None]:
     """A block in which what is compiled lets its graphs be kept."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # on the way of every evaluation
+    if not (_IS_KNOWN and torch.is_grad_enabled()) or torch.compiler.is_compiling():  # on the way of every evaluation
         return contextlib.nullcontext()
     return _without_donated_buffers()
 
 
 @contextlib.contextmanager
 def _without_donated_buffers() -> Iterator[None]:
+    assert config is not None
     before = config.donated_buffer
     config.donated_buffer = False
     try:

@@ -26,7 +26,7 @@ from deqkit.norms import StateNorm
 from deqkit.shrinking import ShrinkingSolve
 from deqkit.solution import is_capturing
 from deqkit.solvers.base import Point, Solver
-from deqkit.state import Blocks, Evaluator, versions_of
+from deqkit.state import Blocks, Evaluator, is_changed, versions_of
 from deqkit.termination import Termination
 
 
@@ -153,7 +153,7 @@ def _tell(callback: Callable[[StepInfo], None], f: Evaluator, step: int, x: Bloc
     versions = versions_of(x)
     own = residual.to(dtype, copy=True), relative_residual.to(dtype), active.clone()
     callback(StepInfo(step, f.layout.unpack(x), *own))
-    if versions != versions_of(x):
+    if is_changed(x, versions):
         raise RuntimeError(
             "callback changed info.value in place; it must leave it as it is, and change a clone instead"
         )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import itertools
+import runpy
 import socket
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,6 +91,36 @@ def test_products_along_a_compiled_f_at_several_sizes() -> None:
     for batch in (3, 4, 5):
         x, b = torch.randn(batch, 6), torch.randn(batch, 6)
         torch.testing.assert_close(deqkit.spectral_radius(compiled, x, (b,)), deqkit.spectral_radius(cell, x, (b,)))
+
+
+@pytest.mark.parametrize("missing", ["setting", "module"])
+def test_without_the_setting_that_lets_compiled_graphs_be_kept(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch may well take it away; who compiles nothing shall not notice."""
+    if missing == "setting":
+        monkeypatch.delitem(torch._functorch.config._config, "donated_buffer")
+    else:
+        monkeypatch.setitem(sys.modules, "torch._functorch", types.ModuleType("without"))
+    found = runpy.run_path(deqkit.compiled.__file__)
+    with found["graphs_to_keep"]():
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("start", [2, 3])
+def test_another_thread_that_compiles(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's mark of that is one for all threads, and may come and go while f is evaluated."""
+    net, x0, b = Cell(), torch.zeros(3, 6), torch.randn(3, 6)
+    expected = deqkit.solve(net, x0, args=(b,)).value
+    calls = itertools.count(1)
+
+    def f(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", (next(calls) - start) % 2 == 0)
+        return net(x, b)
+
+    try:
+        value = deqkit.solve(f, x0, args=(b,)).value
+    finally:
+        monkeypatch.undo()
+    torch.testing.assert_close(value, expected)
 
 
 class Scaled(Cell):
