@@ -187,6 +187,19 @@ def test_weights_are_cast_once_in_an_inference(steps) -> None:
 
 
 @pytest.mark.parametrize("unroll", [None, 2])
+@pytest.mark.parametrize("ambient", [True, False])
+def test_weights_that_change_within_an_autocast_block_are_cast_anew(ambient, unroll) -> None:
+    neck, x = ImplicitFPN(CHANNELS, 16, autocast="bfloat16", unroll=unroll), features()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=ambient):
+        neck(x)
+        for p in neck.transform.parameters():
+            p.mul_(0.7)
+        out, expected = neck(x), copy.deepcopy(neck)(x)
+    for key, v in out.items():
+        torch.testing.assert_close(v, expected[key])
+
+
+@pytest.mark.parametrize("unroll", [None, 2])
 @pytest.mark.parametrize("ambient", [None, torch.bfloat16, torch.float16])
 def test_autocast_of_g_alone(unroll, ambient) -> None:
     settings = {"rtol": 1e-4} if unroll is None else {"unroll": unroll}

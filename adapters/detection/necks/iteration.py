@@ -152,10 +152,12 @@ class ResidualLikeIteration(nn.Module):
     def casts_kept(self, device: str) -> contextlib.AbstractContextManager[Any]:
         """A block in which weights are cast to the lower precision once, and not in each evaluation without gradient.
 
-        PyTorch keeps such casts until the outermost autocast block ends; this one changes nothing else.
+        PyTorch keeps such casts until the outermost autocast block ends; this one changes nothing else. Those of an
+        earlier call, which weights may have changed since, are not used.
         """
         if self.autocast is None or torch.compiler.is_compiling():
             return contextlib.nullcontext()
+        torch.clear_autocast_cache()
         cache, dtype = torch.is_autocast_cache_enabled(), torch.get_autocast_dtype(device)
         return torch.autocast(device, dtype=dtype, enabled=autocast_enabled(device), cache_enabled=cache)
 
