@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--problem", choices=[*PROBLEMS, *LARGE_PROBLEMS], action="append", help="this one (repeatable)"
     )
     parser.add_argument(
-        "--solver", type=parse_solver, default=NamedSolver("anderson", deqkit.Anderson()),
+        "--solver", type=_single_solver, default=NamedSolver("anderson", deqkit.Anderson()),
         metavar="NAME[:SETTING=VALUE,...]", help="the solver of both (default: anderson)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="low precision (default: bfloat16)")
@@ -169,6 +169,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of the CSV and of the JSON with hardware and versions (default: runs/mixed_precision)",
     )  # fmt: skip
     return parser
+
+
+def _single_solver(text: str) -> NamedSolver:
+    solver = parse_solver(text)
+    try:
+        deqkit.MixedPrecision(solver.solver)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return solver
 
 
 def _positive_int(text: str) -> int:

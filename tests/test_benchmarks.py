@@ -318,6 +318,13 @@ def test_unusable_arguments_of_warm_start(modules, arguments, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("solver", ["auto", "mixed_precision"])
+def test_mixed_precision_refuses_solvers_in_stages(modules, solver, capsys):
+    with pytest.raises(SystemExit):
+        modules["mixed_precision"].main(["--small", "--problem", "conv", "--solver", solver])
+    assert "--solver: MixedPrecision: solver must be a single one" in capsys.readouterr().err
+
+
 def test_mixed_precision_counts_calls_by_their_precision(modules, tmp_path, capsys):
     mixed = modules["mixed_precision"]
     arguments = ["--small", "--problem", "conv", "--problem", "ifpn_large", "--repeats", "1", "--threads", "1"]
