@@ -307,11 +307,13 @@ class Evaluator:
 
     @contextlib.contextmanager
     def lowered_to(self, dtype: torch.dtype) -> Iterator[None]:
-        """Evaluate f under autocast to ``dtype`` for the time of a block."""
+        """Evaluate f under autocast to ``dtype`` for the time of a block, in which weights are cast to it once."""
         before, self.autocast_dtype = self.autocast_dtype, dtype
         torch.clear_autocast_cache()  # inside of an outer autocast it outlives a call, and does not look at dtypes
         try:
-            yield
+            # What is cached without gradient lasts until the outermost autocast ends.
+            with torch.autocast(self.layout.device.type, enabled=False):
+                yield
         finally:
             self.autocast_dtype = before
             torch.clear_autocast_cache()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from equations import affine, linear, tanh
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqkit
 from adapters.detection import ImplicitFPN
@@ -174,6 +175,27 @@ def test_casts_cached_in_another_precision() -> None:
             sol = solve(lambda x: torch.tanh(nn.functional.linear(x, weight) + f.b), f.x0, solver=MIXED, rtol=1e-5)
         assert half() == torch.float16
     assert sol.converged.all()
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of what requires grad."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten._to_copy.default and args[0].requires_grad
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", [MIXED, deqkit.MixedPrecision(deqkit.Broyden(), torch.float16)])
+def test_weights_are_cast_once_in_a_solve(solver: deqkit.Solver) -> None:
+    f = Counted()
+    weight = nn.Parameter(f.a)
+    for _ in range(2):
+        with Casts() as casts:
+            sol = solve(lambda x: torch.tanh(nn.functional.linear(x, weight) + f.b), f.x0, solver=solver, rtol=1e-5)
+            assert casts.num == 1 and sol.converged.all()
+        torch.no_grad()(weight.mul_)(-1)
 
 
 def test_autocast_is_as_it_was_afterwards() -> None:

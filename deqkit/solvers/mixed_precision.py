@@ -41,6 +41,8 @@ class MixedPrecision(Solver):
     ``solver`` alone: autocast leaves float64 and complex numbers as they are, lower precisions have nothing to gain,
     and a fixed number of steps has no point at which to go over.
 
+    An f that itself solves, to a tolerance finer than the low precision, fails at that in the first stage.
+
     The trace and what a callback is told are residuals in the precision of their stage. The adjoint "unrolled"
     differentiates every step in the precision that it was taken in; "shine" and "reversible" need the record of a solve
     in one piece, and refuse. In a backward pass there is nothing to gain, as its products run in the precision of the
