@@ -119,7 +119,8 @@ def _place(row: SolveRow, problems: Sequence[str], labels: Sequence[tuple[str, s
 def _log_scale(axis: Axes) -> None:
     axis.set_xscale("log")
     axis.margins(x=0.08)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_locator(NullLocator())
 
