@@ -12,12 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from plots import COLOURS
 from reporting import format_table
 
 if TYPE_CHECKING:
     from train_cost import Row, StepRow
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 TRAINING = {"fast": 1.5, "paper": 3.3}  # most of the explicit FPN's seconds
 INFERENCE = {"paper": 1.6, "fast": 1.6}
 MEMORY = 1.2

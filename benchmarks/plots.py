@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from measure import Row
 
-# Okabe & Ito's palette, which people with any colour vision can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Okabe & Ito's palette, which people with any colour vision can tell apart, with grey in place of its yellow.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"]
 
 
 def plot_accuracy(path: Path, rows: Sequence[Row], titles: Mapping[str, str]) -> None:
