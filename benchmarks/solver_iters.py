@@ -3,7 +3,7 @@
 First, problems whose solution is known, with every solver and every number of steps: the true error, the residual and
 the time. Then a detector with the i-FPN neck: besides these its AP, against that with the pyramid at rest. The detector
 is a small one, trained by the first run and kept; --detector takes another. Each part ends in a table, a CSV, a JSON
-and a picture. About ten minutes on two CPU cores, half of them for the training, which later runs do without.
+and a picture. A quarter of an hour on one CPU core, a third of it for the training, which later runs do without.
 
     python benchmarks/solver_iters.py
     python benchmarks/solver_iters.py --only problems --problem linear --solver gmres --steps 0-20,30,50
