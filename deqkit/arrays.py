@@ -22,7 +22,12 @@ def may_look(device: torch.device) -> bool:
     """Whether the host can see values: not while a graph is traced, nor captured."""
     if torch.compiler.is_compiling():
         return False
-    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return not is_capturing(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nobody may look at values."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_to_look(device: torch.device) -> bool:

@@ -24,7 +24,6 @@ from deqkit import arrays
 from deqkit.ledger import Ledger, LoopResult, relative
 from deqkit.norms import StateNorm
 from deqkit.shrinking import ShrinkingSolve
-from deqkit.solution import is_capturing
 from deqkit.solvers.base import Point, Solver
 from deqkit.state import Blocks, Evaluator, is_changed, versions_of
 from deqkit.termination import Termination
@@ -137,7 +136,7 @@ def _keeps_books_on_host(f: Evaluator, solver: Solver, termination: Termination)
     device = f.layout.device
     if termination.fixed_steps:
         return arrays.free_to_look(device)
-    if is_capturing(device):
+    if arrays.is_capturing(device):
         raise RuntimeError(
             "a solve to a tolerance looks at its residuals, which is not allowed while a CUDA graph is captured: fix "
             "the number of steps with rtol=0 and atol=0, in the adjoint, too, as in ImplicitAdjoint(rtol=0.0)"

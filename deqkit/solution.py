@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from deqkit import levels
+from deqkit import arrays, levels
 from deqkit.errors import ConvergenceError, ConvergenceWarning
 
 
@@ -226,7 +226,7 @@ def report_failure(
     Raises:
         ConvergenceError: under "raise".
     """
-    if policy == "ignore" or torch.compiler.is_compiling() or is_capturing(outcome.status.device):
+    if policy == "ignore" or torch.compiler.is_compiling() or arrays.is_capturing(outcome.status.device):
         return
     failed = outcome.status != Status.CONVERGED if rtol or atol else outcome.status == Status.NONFINITE
     if not bool(failed.any()):
@@ -235,8 +235,3 @@ def report_failure(
     if policy == "raise":
         raise ConvergenceError(message, outcome)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which nobody may look at values."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

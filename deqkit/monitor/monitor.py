@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from deqkit import arrays
 from deqkit.errors import ConvergenceWarning
 from deqkit.monitor.hooks import Hook, find_layers
 from deqkit.monitor.loggers import make_loggers
 from deqkit.monitor.record import ADJOINT, Record, Window
 from deqkit.monitor.tally import Totals
 from deqkit.nn import FixedPoint, hold
-from deqkit.solution import Solution, is_capturing
+from deqkit.solution import Solution
 from deqkit.solvers.base import as_int
 from deqkit.spectral import spectral_radius
 
@@ -130,7 +131,7 @@ class Monitor:
         """
         if not isinstance(solution, Solution):
             raise TypeError(f"solution must be a deqkit.Solution, got {type(solution).__name__}")
-        if is_capturing(solution.status.device):
+        if arrays.is_capturing(solution.status.device):
             return
         with self._lock:
             if name not in self._records:
@@ -204,7 +205,7 @@ class Monitor:
         record, device = self._records.get(name), solution.status.device
         if self.radius_every is None or record is None or (record.num_solves - 1) % self.radius_every:
             return
-        if name in self._without_radius or torch.is_inference_mode_enabled() or is_capturing(device):
+        if name in self._without_radius or torch.is_inference_mode_enabled() or arrays.is_capturing(device):
             return
         if not isinstance(module, FixedPoint) or args is None:
             return
