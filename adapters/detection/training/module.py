@@ -7,7 +7,7 @@ and deqkit's own settings, so that it loads with ``weights_only=True``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -116,8 +116,11 @@ class DetectionModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the detector is built from, and the count of skipped steps."""
-        detector = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        checkpoint[SETTINGS] = {"detector": detector, "schedule": asdict(self.schedule), "data": self.data}
+        checkpoint[SETTINGS] = {
+            "detector": dict(vars(self.config)),
+            "schedule": asdict(self.schedule),
+            "data": self.data,
+        }
         checkpoint["skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
