@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 import torch
-from options import NamedSolver, parse_solver
+from options import NamedSolver, parse_solver, positive_int
 from problems import LARGE_PROBLEMS, PROBLEMS, Problem, build
-from reporting import describe, format_table, run_record, timed, write_csv, write_json
+from reporting import describe, format_table, run_record, timed, write_results
 
 import deqkit
 
@@ -139,10 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += [solves.measure(rtol, args.repeats) for rtol in TOLERANCES]
     print(f"{args.solver.label} alone, and in mixed precision ({args.dtype}), whose time is a multiple of the former's")
     print(report(rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / "mixed_precision.csv", rows)
-    write_json(args.out / "mixed_precision.json", record)
-    print(f"\nwritten: {args.out}/mixed_precision.csv, .json")
+    write_results(args.out, "mixed_precision", rows, record)
     return 0
 
 
@@ -159,11 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME[:SETTING=VALUE,...]", help="the solver of both (default: anderson)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="low precision (default: bfloat16)")
-    parser.add_argument("--repeats", type=_positive_int, default=5, metavar="N", help="rounds (default: 5)")
+    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="rounds (default: 5)")
     parser.add_argument("--small", action="store_true", help="small problems: seconds, for tests")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the problems (default: 0)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/mixed_precision"), metavar="DIR",
         help="folder of the CSV and of the JSON with hardware and versions (default: runs/mixed_precision)",
@@ -178,12 +175,6 @@ def _single_solver(text: str) -> NamedSolver:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return solver
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 if __name__ == "__main__":

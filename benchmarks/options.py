@@ -91,3 +91,14 @@ def parse_steps(text: str) -> list[int]:
     if not steps:
         raise argparse.ArgumentTypeError(f"{text!r} names no step count")
     return sorted(steps)
+
+
+def positive_int(text: str) -> int:
+    """A number of things of which there must be one.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)

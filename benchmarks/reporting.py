@@ -83,6 +83,26 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
         writer.writerows(entries)
 
 
+def write_results(
+    folder: Path, name: str, rows: Sequence[Any], record: Mapping[str, Any], plot: Callable[[Path], None] | None = None
+) -> None:
+    """Write rows, record and picture under one name into a folder, which is made, and say so.
+
+    Args:
+        folder: where to.
+        name: of the files, without ending.
+        rows: for the CSV, see `write_csv`.
+        record: for the JSON.
+        plot: draws the picture to a path; None: there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / f"{name}.csv", rows)
+    write_json(folder / f"{name}.json", record)
+    if plot is not None:
+        plot(folder / f"{name}.png")
+    print(f"\nwritten: {folder}/{name}.csv, .json" + (", .png" if plot is not None else ""))
+
+
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     lines = [list(header), *(list(row) for row in rows)]

@@ -23,10 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 import torch
 from measure import Row, measure, num_solves
-from options import SOLVERS, UNROLL, UNROLLED, NamedSolver, default_solvers, named, parse_solver, parse_steps
+from options import (
+    SOLVERS,
+    UNROLL,
+    UNROLLED,
+    NamedSolver,
+    default_solvers,
+    named,
+    parse_solver,
+    parse_steps,
+    positive_int,
+)
 from plots import plot_accuracy
 from problems import PROBLEMS, Problem, ProblemError, build
-from reporting import DetectorError, describe, format_table, run_record, write_csv, write_json
+from reporting import DetectorError, describe, format_table, run_record, write_results
 from tqdm import tqdm
 
 import deqkit
@@ -126,11 +136,8 @@ def run_problems(args: argparse.Namespace) -> int:
             problems.append(problem)
     print_report(problems, rows, steps)
     record["problems"] = {p.name: {"title": p.title, "spectral_radius": p.radius} for p in problems}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / "solver_iters.csv", rows)
-    write_json(args.out / "solver_iters.json", record)
-    plot_accuracy(args.out / "solver_iters.png", rows, {p.name: p.title for p in problems})
-    print(f"\nwritten: {args.out}/solver_iters.csv, .json, .png")
+    titles = {p.name: p.title for p in problems}
+    write_results(args.out, "solver_iters", rows, record, lambda path: plot_accuracy(path, rows, titles))
     wrong = [row for row in rows if not row.residual_confirmed]
     if wrong:
         first = wrong[0]
@@ -174,11 +181,8 @@ def run_detector(args: argparse.Namespace) -> int:
     answers += filter(None, [report.beside_the_paper(rows)])
     print("\n".join(["", *remarks, "", "How many steps does i-FPN need?", *answers]))
     record |= {"spectral_radii": radii.tolist(), "answers": answers}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / "detector.csv", rows)
-    write_json(args.out / "detector.json", record)
-    plot_detector(args.out / "detector.png", rows, f"{detector.title}; {detector.num_images} images", radii)
-    print(f"\nwritten: {args.out}/detector.csv, .json, .png")
+    title = f"{detector.title}; {detector.num_images} images"
+    write_results(args.out, "detector", rows, record, lambda path: plot_detector(path, rows, title, radii))
     return 0
 
 
@@ -280,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"only this problem; repeatable; one of {', '.join(PROBLEMS)}",
     )  # fmt: skip
     parser.add_argument("--steps", type=parse_steps, metavar="LIST", help="step counts, as 0-20,30,50 (default: 0-20)")
-    parser.add_argument("--repeats", type=_positive_int, metavar="N", help="rounds of timing (default: 3)")
+    parser.add_argument("--repeats", type=positive_int, metavar="N", help="rounds of timing (default: 3)")
     parser.add_argument(
         "--quick", action="store_true",
         help="small problems, one round of timing, a detector that has learnt nothing: seconds, for tests",
@@ -288,7 +292,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the problems and the training (default: 0)")
     parser.add_argument("--dtype", choices=DTYPES, help="working dtype of f (default: float32)")
     parser.add_argument("--device", type=_device, default="cpu", help="where f runs: cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/solver_iters"), metavar="DIR",
         help="folder of the CSV, the JSON with hardware and versions, and the plot (default: runs/solver_iters)",
@@ -302,7 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="ROOT",
         help="COCO-layout folder to evaluate --detector on (default: the one trained on)",
     )  # fmt: skip
-    parser.add_argument("--images", type=_positive_int, metavar="N", help="the first N images only, for the detector")
+    parser.add_argument("--images", type=positive_int, metavar="N", help="the first N images only, for the detector")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help=f"where the small detector is kept (default: {CACHE})"
     )
@@ -332,12 +336,6 @@ def _positive_float(text: str) -> float:
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:  # NumPy's limit
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**32 - 1")
-    return int(text)
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

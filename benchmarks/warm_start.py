@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 import torch
-from options import NamedSolver, parse_solver
-from reporting import describe, format_table, run_record, write_csv, write_json
+from options import NamedSolver, parse_solver, positive_int
+from reporting import describe, format_table, run_record, write_results
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -196,10 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{work}, {args.solver.label}, rtol {args.rtol:g}")
     print("steps and calls: mean of the later half of the epochs; steps saved: of all epochs, against zero\n")
     print(report(rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / "warm_start.csv", rows)
-    write_json(args.out / "warm_start.json", record)
-    print(f"\nwritten: {args.out}/warm_start.csv, .json")
+    write_results(args.out, "warm_start", rows, record)
     return 0
 
 
@@ -219,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rtol", type=_tolerance, default=1e-4, metavar="X", help="relative tolerance (default: 1e-4)")
     parser.add_argument("--quick", action="store_true", help="a few samples and epochs: seconds, for tests")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data and training (default: 0)")
-    parser.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/warm_start"), metavar="DIR",
         help="folder of the CSV and of the JSON with hardware and versions (default: runs/warm_start)",
@@ -235,12 +232,6 @@ def _tolerance(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a tolerance between 0 and 1")
     return value
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 if __name__ == "__main__":
